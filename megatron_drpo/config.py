@@ -1,0 +1,379 @@
+"""The configuration: frozen records that check themselves when built.
+
+A field's name is its flag (`rollout_top_p` is `--rollout-top-p`) and its key in a YAML file; fields
+that Megatron-LM also has carry Megatron's names. Checks across groups are in `Config`; what needs
+files, the model or the number of ranks is checked by `megatron_drpo.cli` before any process group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_drpo.errors import ConfigError
+
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+
+
+def flag(name: str) -> str:
+    """`rollout_top_p` -> `--rollout-top-p`."""
+    return "--" + name.replace("_", "-")
+
+
+def _check(group: object, **rules: tuple[bool, str]) -> None:
+    """Raise one ConfigError that lists every broken rule: name=(holds, what is required)."""
+    broken = [
+        f"{flag(name)} {getattr(group, name)}: must be {need}"
+        for name, (holds, need) in rules.items()
+        if not holds
+    ]
+    if broken:
+        raise ConfigError("\n".join(broken))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    hf_model: str = ""
+    """Directory of a Hugging Face checkpoint (config.json, safetensors, tokenizer): the start."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation; auto takes Transformer Engine where it is installed with a GPU."""
+    bf16: bool = False
+    """bf16 weights and activations, with fp32 master weights and fp32 gradient reduction."""
+
+    def __post_init__(self) -> None:
+        _check(self, hf_model=(bool(self.hf_model), "the directory of a Hugging Face checkpoint"))
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid out over ranks; data parallelism takes what is left."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each layer."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that split the stack of layers."""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """Model chunks per pipeline rank: above 1, the interleaved schedule."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda (NCCL) where torch sees a GPU, else cpu (gloo)."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run with an error."""
+
+    def __post_init__(self) -> None:
+        virtual = self.num_virtual_stages_per_pipeline_rank
+        _check(
+            self,
+            tensor_model_parallel_size=(self.tensor_model_parallel_size >= 1, "at least 1"),
+            pipeline_model_parallel_size=(self.pipeline_model_parallel_size >= 1, "at least 1"),
+            num_virtual_stages_per_pipeline_rank=(
+                virtual == 1 or (virtual > 1 and self.pipeline_model_parallel_size > 1),
+                "1, or more than 1 with --pipeline-model-parallel-size of at least 2",
+            ),
+            distributed_timeout_minutes=(self.distributed_timeout_minutes > 0, "above 0"),
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts: JSONL, one object per line with `prompt` (text, or chat messages) and `answer`."""
+
+    prompts: str | None = None
+    """Training prompts; not needed with --rollouts-file."""
+    eval_prompts: str | None = None
+    """Held-out prompts; without them no evaluation is made."""
+    apply_chat_template: bool = False
+    """Put a text prompt through the tokenizer's chat template (chat messages always are)."""
+    shuffle_prompts: bool = True
+    """Draw the prompts of each epoch in an order given by --seed."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Generation of training responses with the training weights."""
+
+    rollout_prompts_per_step: int = 64
+    """Prompts per rollout batch, over all data-parallel ranks."""
+    rollout_samples_per_prompt: int = 8
+    """Responses per prompt: the group over which advantages are centred."""
+    rollout_max_response_length: int = 256
+    """A response stops at this many tokens (finish reason `length`)."""
+    rollout_temperature: float = 1.0
+    """Sampling temperature; the objective evaluates the policy at the same one."""
+    rollout_top_p: float = 1.0
+    """Nucleus sampling; 1 is off."""
+    rollout_top_k: int = 0
+    """Sample among the k most likely tokens only; 0 is off."""
+    rollout_stop_ids: tuple[int, ...] = ()
+    """Token ids that end a response, besides those of the model's generation_config.json."""
+    rollout_max_slots: int = 256
+    """Responses generated at the same time by a data-parallel rank; bounds the KV cache."""
+    rollouts_file: str | None = None
+    """Train on this file of rollouts (JSONL, as --save-rollouts writes) and generate nothing."""
+    save_rollouts: bool = False
+    """Write each step's rollouts to OUTPUT_DIR/rollouts/step-N.jsonl."""
+    max_engine_gap: float = 0.2
+    """Stop if fresh behaviour log-probs differ from the trainer's by more than this on average
+    (nats per token): then the two do not describe the same policy."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            rollout_prompts_per_step=(self.rollout_prompts_per_step >= 1, "at least 1"),
+            rollout_samples_per_prompt=(self.rollout_samples_per_prompt >= 1, "at least 1"),
+            rollout_max_response_length=(self.rollout_max_response_length >= 1, "at least 1"),
+            rollout_temperature=(self.rollout_temperature > 0, "above 0"),
+            rollout_top_p=(0 < self.rollout_top_p <= 1, "above 0 and at most 1"),
+            rollout_top_k=(self.rollout_top_k >= 0, "0 (off) or more"),
+            rollout_max_slots=(self.rollout_max_slots >= 1, "at least 1"),
+            max_engine_gap=(self.max_engine_gap > 0, "above 0"),
+        )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What a response is worth."""
+
+    reward: str = "math"
+    """exact (the text equals the answer), math (math-verify), or your own MODULE:FUNCTION."""
+    reward_timeout_seconds: float = 60.0
+    """Time that the rewards of one batch may take per response before the run stops."""
+
+    def __post_init__(self) -> None:
+        _check(self, reward_timeout_seconds=(self.reward_timeout_seconds > 0, "above 0"))
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """From rewards to advantages, within the group of samples of one prompt."""
+
+    advantage_estimator: Literal["group-mean", "leave-one-out"] = "group-mean"
+    """Baseline: the mean of the group, or the mean of the group's other samples."""
+    advantage_divide_by_std: bool = False
+    """Divide by the group's standard deviation (GRPO); off in the DRPO recipe."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The per-token objective and its aggregation (docs/objectives.md)."""
+
+    objective: Literal["drpo"] = "drpo"
+    """Name of the objective."""
+    drpo_delta: float = 12.5
+    """DRPO's trust-region size: the gradient weight is 1 - sign(A(r-1)) |pi - mu| / delta."""
+    loss_aggregation: Aggregation = "seq-mean-token-sum-norm"
+    """How token losses become one: mean over tokens; mean over sequences of their token means;
+    or mean over sequences of their token sums divided by --loss-token-horizon."""
+    loss_token_horizon: int | None = None
+    """Divisor of seq-mean-token-sum-norm; by default --rollout-max-response-length."""
+    log_ratio_limit: float = 20.0
+    """Tokens with |log pi - log mu| beyond this are counted in `ratio/beyond_limit`; never
+    clamped."""
+
+    def __post_init__(self) -> None:
+        horizon = self.loss_token_horizon
+        _check(
+            self,
+            drpo_delta=(self.drpo_delta > 0, "above 0"),
+            loss_token_horizon=(
+                horizon is None
+                or (horizon >= 1 and self.loss_aggregation == "seq-mean-token-sum-norm"),
+                "at least 1, and is used by --loss-aggregation seq-mean-token-sum-norm only",
+            ),
+            log_ratio_limit=(self.log_ratio_limit > 0, "above 0"),
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam, as Megatron runs it."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the schedule after the warm-up."""
+    lr_warmup_iters: int = 0
+    """Optimizer updates over which the learning rate rises from 0."""
+    lr_decay_iters: int | None = None
+    """Optimizer updates until --min-lr is reached; by default all of the run's."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; not applied to biases and norms."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Limit of the global gradient norm; 0 is off."""
+    use_distributed_optimizer: bool = True
+    """Split the optimizer's state over data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        decay = self.lr_decay_iters
+        _check(
+            self,
+            lr=(self.lr > 0, "above 0"),
+            min_lr=(
+                0 <= self.min_lr <= self.lr
+                and (self.min_lr == 0 or self.lr_decay_style != "constant"),
+                f"between 0 and --lr {self.lr}, and needs --lr-decay-style linear or cosine",
+            ),
+            lr_warmup_iters=(self.lr_warmup_iters >= 0, "0 or more"),
+            lr_decay_iters=(
+                decay is None
+                or (decay > self.lr_warmup_iters and self.lr_decay_style != "constant"),
+                "above --lr-warmup-iters, and needs --lr-decay-style linear or cosine",
+            ),
+            weight_decay=(self.weight_decay >= 0, "0 or more"),
+            adam_beta1=(0 <= self.adam_beta1 < 1, "at least 0 and below 1"),
+            adam_beta2=(0 <= self.adam_beta2 < 1, "at least 0 and below 1"),
+            adam_eps=(self.adam_eps > 0, "above 0"),
+            clip_grad=(self.clip_grad >= 0, "0 (off) or more"),
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    train_iters: int = 100
+    """Training steps; each makes one rollout batch."""
+    updates_per_rollout: int = 4
+    """Optimizer updates per rollout batch, each on its own share of the prompts."""
+    max_tokens_per_microbatch: int = 4096
+    """Token budget of a packed row; one row is one micro-batch."""
+    seed: int = 1234
+    """Seed of sampling and of the order of the prompts."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            train_iters=(self.train_iters >= 1, "at least 1"),
+            updates_per_rollout=(self.updates_per_rollout >= 1, "at least 1"),
+            max_tokens_per_microbatch=(self.max_tokens_per_microbatch >= 2, "at least 2"),
+            seed=(self.seed >= 0, "0 or more"),
+        )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on --eval-prompts, before, during and after training."""
+
+    eval_interval: int = 10
+    """Steps between evaluations; 0 evaluates before and after only."""
+    eval_samples_per_prompt: int = 1
+    """k of avg@k and pass@k."""
+    eval_temperature: float = 1.0
+    """Sampling temperature of evaluation; 0 is greedy."""
+    eval_top_p: float = 1.0
+    """Nucleus sampling of evaluation; 1 is off."""
+    eval_top_k: int = 0
+    """Top-k sampling of evaluation; 0 is off."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            eval_interval=(self.eval_interval >= 0, "0 or more"),
+            eval_samples_per_prompt=(
+                self.eval_samples_per_prompt == 1
+                or (self.eval_samples_per_prompt > 1 and self.eval_temperature > 0),
+                "at least 1, and 1 with greedy --eval-temperature 0",
+            ),
+            eval_temperature=(self.eval_temperature >= 0, "0 (greedy) or more"),
+            eval_top_p=(0 < self.eval_top_p <= 1, "above 0 and at most 1"),
+            eval_top_k=(self.eval_top_k >= 0, "0 (off) or more"),
+        )
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What a run leaves behind, all of it under --output-dir."""
+
+    output_dir: str = "runs/drpo"
+    """Receives config.json, metrics.jsonl, tensorboard/, checkpoints/, hf/ and report.html."""
+    checkpoint_interval: int = 0
+    """Steps between training checkpoints; 0 writes one at the end only."""
+    checkpoint_keep: int = 2
+    """Newest training checkpoints kept; 0 keeps all."""
+    resume: bool = False
+    """Continue from the newest checkpoint of --output-dir."""
+    export_hf: bool = True
+    """Write the trained policy to OUTPUT_DIR/hf at the end."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            output_dir=(bool(self.output_dir), "a directory"),
+            checkpoint_interval=(self.checkpoint_interval >= 0, "0 or more"),
+            checkpoint_keep=(self.checkpoint_keep >= 0, "0 (all) or more"),
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, complete: the same on every rank, and written to OUTPUT_DIR/config.json."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        problems = []
+        rollout, updates = self.rollout, self.train.updates_per_rollout
+        if not rollout.rollouts_file and not self.data.prompts:
+            problems.append("--prompts: give a JSONL file of prompts (or --rollouts-file)")
+        if rollout.rollouts_file and self.data.prompts:
+            problems.append("--prompts: is not used with --rollouts-file; give one of them")
+        if rollout.rollouts_file and rollout.save_rollouts:
+            problems.append("--save-rollouts: nothing is generated with --rollouts-file; drop it")
+        if rollout.rollout_prompts_per_step % updates:
+            problems.append(
+                f"--rollout-prompts-per-step {rollout.rollout_prompts_per_step}: must be a "
+                f"multiple of --updates-per-rollout {updates}"
+            )
+        if rollout.rollout_top_p < 1 or rollout.rollout_top_k:
+            problems.append(
+                f"--rollout-top-p {rollout.rollout_top_p} --rollout-top-k {rollout.rollout_top_k}: "
+                "training on a truncated distribution needs the kept ids of every token, which "
+                "rollouts do not carry; use 1 and 0 (evaluation may truncate: --eval-top-p)"
+            )
+        if rollout.rollout_samples_per_prompt == 1:
+            problems.append(
+                "--rollout-samples-per-prompt 1: the advantage within a group of one is always 0; "
+                "use at least 2"
+            )
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def loss_token_horizon(self) -> int:
+        """The divisor of seq-mean-token-sum-norm, with its default resolved."""
+        return self.objective.loss_token_horizon or self.rollout.rollout_max_response_length
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.train.train_iters * self.train.updates_per_rollout
+
+    def flat(self) -> dict[str, object]:
+        """Every field by its name, groups dissolved; a tuple becomes a list, as in JSON."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for group in dataclasses.asdict(self).values()
+            for name, value in group.items()
+        }

@@ -1,0 +1,117 @@
+"""The records that travel along the data flow, one per arrow; frozen, and never changed downstream.
+
+    Prompt -> Rollout -> Trajectory -> Row
+
+Dims: P prompt tokens, R response tokens, S tokens of a row, N sequences of a row, T the row's loss
+tokens (response tokens that are predicted). Token ids are int64, log-probs fp32 and natural.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A question, as read from one line of a prompts file.
+
+    Example:
+        Prompt(id="train.jsonl:7", text="12+30=", token_ids=tensor([5, 6, 14, 7, 4, 15]),
+               answer="42", metadata={"level": 2})
+    """
+
+    id: str
+    """Unique within its file: the line's own `id`, else `FILE:LINE`."""
+    text: str
+    """What the model sees, after the chat template if one is applied."""
+    token_ids: Tensor
+    """int64 [P]."""
+    answer: str | None
+    """The reference answer that a reward compares with, if the line has one."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The line's remaining fields, handed to the user's reward as they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One sampled response, with the log-probs of the law it was really drawn from.
+
+    Example:
+        Rollout(prompt=Prompt(...), sample=3, response_ids=tensor([8, 6, 2]),
+                behaviour_logprobs=tensor([-0.21, -0.05, -0.01]), finish_reason="stop",
+                policy_version=4, response_text="42")
+    """
+
+    prompt: Prompt
+    sample: int
+    """Number of this sample within its group, 0 to samples-per-prompt - 1."""
+    response_ids: Tensor
+    """int64 [R], the stop id included when there was one; R >= 1."""
+    behaviour_logprobs: Tensor
+    """fp32 [R], log mu of each response token after temperature, top-k and top-p; <= 0."""
+    finish_reason: FinishReason
+    """`stop`: a stop id was drawn (the last of `response_ids`); `length`: the limit was reached."""
+    policy_version: int
+    """Number of optimizer updates the generating weights had received."""
+    response_text: str
+    """The response decoded without special tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A rollout with its reward and its advantage over the other samples of the same prompt.
+
+    Example: Trajectory(rollout=Rollout(...), reward=1.0, advantage=0.625)
+    """
+
+    rollout: Rollout
+    reward: float
+    advantage: float
+    """Constant over the response's tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Several sequences laid end to end: what one micro-batch's forward pass sees.
+
+    Sequence n occupies `tokens[cu_seqlens[n] : cu_seqlens[n + 1]]`; what follows
+    `cu_seqlens[N]` is padding that belongs to no sequence. A row without any sequence is allowed
+    (a rank that has nothing left still takes part in the step) and contributes zero.
+
+    Example, prompt [5, 6] with response [8, 2] and prompt [7] with response [2], padded to 8:
+        tokens             [5, 6, 8, 2, 7, 2, 0, 0]
+        positions          [0, 1, 2, 3, 0, 1, 0, 0]
+        cu_seqlens         [0, 4, 6]
+        loss_index         [1, 2, 4]        # the position whose output predicts ...
+        targets            [8, 2, 2]        # ... this token
+        sequence           [0, 0, 1]
+        num_items          3 for token-mean, 2 for the seq-mean aggregations
+    """
+
+    tokens: Tensor
+    """int64 [S]; 0 at padding."""
+    positions: Tensor
+    """int64 [S], from 0 within each sequence; 0 at padding."""
+    cu_seqlens: Tensor
+    """int32 [N + 1], from 0."""
+    loss_index: Tensor
+    """int64 [T], ascending indices into the row."""
+    targets: Tensor
+    """int64 [T]."""
+    behaviour_logprobs: Tensor
+    """fp32 [T]."""
+    advantages: Tensor
+    """fp32 [T]."""
+    weights: Tensor
+    """fp32 [T], the aggregation's weight of each token; the loss is
+    `sum(weights * token_loss) / sum over all rows and ranks of num_items`."""
+    sequence: Tensor
+    """int64 [T], the sequence of each loss token, 0 to N - 1."""
+    num_items: int
+    """This row's share of the global denominator."""
