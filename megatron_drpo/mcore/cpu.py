@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.machinery
+import logging
 import sys
 import time
 import types
@@ -277,3 +278,7 @@ def install() -> None:
             "import megatron_drpo.mcore first"
         )
     sys.meta_path.insert(0, _Finder)
+    # megatron warns when drawing for the GPU moved the CPU's generator; here they are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

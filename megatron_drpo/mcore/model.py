@@ -1,0 +1,177 @@
+"""From an HF architecture to Megatron's GPTModel.
+
+In: `Architecture` (config.json) and the configuration. Out: this rank's chunks of the model, still
+without weights. Every number of the model comes from config.json; nothing is listed by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from functools import partial
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_drpo.checkpoint.families import Architecture
+from megatron_drpo.config import ModelConfig
+from megatron_drpo.device import Device
+from megatron_drpo.mcore import attention
+from megatron_drpo.mcore.parallel import Layout
+
+VOCAB_MULTIPLE = 16
+"""Rows of the embedding on each tensor-parallel rank are a multiple of this."""
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose forward pass takes a packed row and gives logits where they are asked for.
+
+    The same forward serves scoring, training and generation; they differ in the layout only.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        layout: PackedSeqParams,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [S, 1, H] on all but the last stage, there logits [T, V/tp].
+
+        Args:
+            tokens, positions: int64 [S].
+            layout: how the tokens see each other (`mcore.attention`, or Transformer Engine's).
+            rows: int64 [T], the positions whose logits are computed; unused before the last stage.
+        """
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=tokens[None], position_ids=positions[None])
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary(positions, layout),
+            packed_seq_params=layout,
+        )
+        if not self.post_process:
+            return hidden
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        # Never fewer rows than MIN_ROWS in a GEMM (`mcore.attention`); none at all is fine too.
+        missing = max(attention.MIN_ROWS - rows.numel(), 0)
+        padded = torch.cat([rows, rows.new_zeros(missing)]) if missing else rows
+        logits, _ = self.output_layer(hidden[padded], weight=weight)
+        return logits[: rows.numel(), 0]
+
+    def _rotary(self, positions: Tensor, layout: PackedSeqParams) -> Tensor:
+        if layout.qkv_format == "thd":  # Transformer Engine restarts positions by cu_seqlens
+            return self.rotary_pos_emb(layout.max_seqlen_q, packed_seq=True)
+        return self.rotary_pos_emb(self.max_sequence_length)[positions]
+
+
+def transformer_config(
+    architecture: Architecture, config: ModelConfig, layout: Layout, device: Device
+) -> TransformerConfig:
+    """Megatron's configuration of the model on this layout."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    gpu, interleaved = device.kind == "cuda", layout.vp_size > 1
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_epsilon,
+        qk_layernorm=architecture.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.add_qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=layout.vp_size if interleaved else None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.bf16,
+        calculate_per_token_loss=True,
+        # With two stages the interleaved schedule is silently wrong under batched communication.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        bias_dropout_fusion=gpu,
+        bias_activation_fusion=gpu,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=gpu
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    )
+
+
+def _layer_spec(architecture: Architecture, use_te: bool) -> ModuleSpec:
+    """Megatron's own layer spec with our core attention in it."""
+    if use_te:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_layernorm)
+        core = attention.TECoreAttention
+    else:
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=architecture.qk_layernorm, normalization="RMSNorm"
+        )
+        core = attention.CoreAttention
+    spec = copy.deepcopy(spec)
+    spec.submodules.self_attention.submodules.core_attention = core
+    return spec
+
+
+def use_transformer_engine(config: ModelConfig) -> bool:
+    """Resolve `--transformer-impl`."""
+    if config.transformer_impl == "auto":
+        return attention.HAVE_TE
+    return config.transformer_impl == "transformer_engine"
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding over all ranks; rows from `vocab_size` on are padding."""
+    return attention.round_up(vocab_size, VOCAB_MULTIPLE * tp_size)
+
+
+def build_model(
+    architecture: Architecture, config: ModelConfig, layout: Layout, device: Device
+) -> list[PolicyModel]:
+    """This rank's chunks (one, or `vp_size` under the interleaved schedule), weights unset."""
+    megatron_config = transformer_config(architecture, config, layout, device)
+    make = partial(
+        PolicyModel,
+        config=megatron_config,
+        transformer_layer_spec=_layer_spec(architecture, use_transformer_engine(config)),
+        vocab_size=padded_vocab_size(architecture.vocab_size, layout.tp_size),
+        max_sequence_length=architecture.max_position_embeddings,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rotary_base,
+    )
+    chunks = []
+    for stage in range(layout.vp_size):
+        vp_stage = stage if layout.vp_size > 1 else None
+        chunk = make(
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            vp_stage=vp_stage,
+        )
+        # Norms of the local spec are built in fp32 whatever params_dtype says.
+        chunks.append(chunk.to(device=device.torch, dtype=megatron_config.params_dtype))
+    return chunks

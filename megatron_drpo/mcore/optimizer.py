@@ -1,0 +1,114 @@
+"""Megatron's optimizer and learning-rate schedule for our configuration.
+
+Without FusedAdam (a CPU, or a GPU without Transformer Engine and apex) Megatron falls back to
+torch's Adam, whose state its distributed optimizer can save but not load. `PlainAdam` has
+FusedAdam's state layout, so that such a run can resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import megatron.core.optimizer as megatron_optimizer
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_drpo.config import Config
+from megatron_drpo.device import Device
+
+
+class PlainAdam(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) with the state of FusedAdam: `step` in the group, moments in fp32.
+
+    Args:
+        params: parameters or groups of them.
+        lr, betas, eps, weight_decay: as in the paper.
+        adam_w_mode: decoupled weight decay; the only mode here.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+    ) -> None:
+        assert adam_w_mode, "PlainAdam decouples weight decay"
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = step = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for param in params:
+                state = self.state[param]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(param)
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+            grads = [p.grad for p in params]
+            means = [self.state[p]["exp_avg"] for p in params]
+            squares = [self.state[p]["exp_avg_sq"] for p in params]
+            beta1, beta2 = group["betas"]
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_lerp_(means, grads, 1 - beta1)
+            torch._foreach_mul_(squares, beta2)
+            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_div_(roots, (1 - beta2**step) ** 0.5)
+            torch._foreach_add_(roots, group["eps"])
+            torch._foreach_addcdiv_(params, means, roots, -group["lr"] / (1 - beta1**step))
+
+
+def build_optimizer(
+    config: Config, chunks: Sequence[DistributedDataParallel], device: Device
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """The optimizer over this rank's chunks, and its schedule counted in optimizer updates."""
+    if device.kind == "cpu" or megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        # Megatron picks its Adam by what is installed, at import; these are its names for it.
+        megatron_optimizer.Adam = distrib_optimizer.Adam = PlainAdam
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    ours = config.optimizer
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=ours.lr,
+            min_lr=ours.min_lr,
+            weight_decay=ours.weight_decay,
+            adam_beta1=ours.adam_beta1,
+            adam_beta2=ours.adam_beta2,
+            adam_eps=ours.adam_eps,
+            clip_grad=ours.clip_grad,
+            bf16=config.model.bf16,
+            params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+            use_distributed_optimizer=ours.use_distributed_optimizer,
+        ),
+        list(chunks),
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=ours.lr,
+        min_lr=ours.min_lr,
+        lr_warmup_steps=ours.lr_warmup_iters,
+        lr_decay_steps=ours.lr_decay_iters or max(config.num_updates, ours.lr_warmup_iters + 1),
+        lr_decay_style=ours.lr_decay_style,
+        start_wd=ours.weight_decay,
+        end_wd=ours.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    # Megatron's count starts at 0, which would give the first update of a warm-up a rate of 0.
+    scheduler.step(increment=1)
+    return optimizer, scheduler

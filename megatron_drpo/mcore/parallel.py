@@ -1,0 +1,107 @@
+"""Process groups: torch.distributed and Megatron's parallel_state, started and ended in one place.
+
+Out: `Layout`, the frozen record that everybody above asks for ranks, sizes and groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_drpo.config import ParallelConfig
+from megatron_drpo.device import Device
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands. tp: tensor, pp: pipeline, vp: chunks per stage, dp: data parallel."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    vp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup
+    """All ranks, gloo whatever the device: for objects and decisions."""
+
+    @property
+    def is_replica_source(self) -> bool:
+        """True on the one rank that speaks for its data-parallel replica."""
+        return self.tp_rank == 0 and self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the logits are."""
+        return self.pp_rank == self.pp_size - 1
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value` on every rank, in rank order."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+    def all_agree(self, holds: bool) -> bool:
+        """True if `holds` on every rank: one decision for all, so that no rank acts alone."""
+        flag = torch.tensor(int(holds))
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.control_group)
+        return bool(flag)
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control_group)
+
+    def __str__(self) -> str:
+        chunks = f" x {self.vp_size} chunks" if self.vp_size > 1 else ""
+        return (
+            f"{self.world_size} rank(s): TP {self.tp_size}, PP {self.pp_size}{chunks}, "
+            f"DP {self.dp_size}"
+        )
+
+
+def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
+    """Start the process groups; rank and world size come from torchrun's environment."""
+    minutes = config.distributed_timeout_minutes
+    timeout = timedelta(minutes=minutes)
+    if not dist.is_initialized():
+        dist.init_process_group(device.backend, timeout=timeout)
+    vp_size = config.num_virtual_stages_per_pipeline_rank
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vp_size if vp_size > 1 else None,
+        distributed_timeout_minutes=minutes,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        vp_size=vp_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        control_group=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def destroy() -> None:
+    """End what `initialize` started; safe to call twice."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,256 @@
+"""The policy under training: Megatron's model, schedule and optimizer behind a few verbs.
+
+In: rows of tokens (`types.Row`). Out: log-probs (`score`), gradients and their statistics
+(`forward_backward`), updated weights (`optim_step`). One forward pass serves scoring and training.
+
+How the loss is scaled, once: row i returns `sum_t weight_t * loss_t` and the integer `num_items`;
+Megatron adds both over rows and data-parallel ranks (`calculate_per_token_loss`) and divides the
+gradients by the total of `num_items` once. So the loss is one sum over one global denominator,
+whatever the number of rows or ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_drpo.checkpoint.families import Architecture
+from megatron_drpo.checkpoint.hf import load_hf
+from megatron_drpo.config import Config
+from megatron_drpo.device import Device
+from megatron_drpo.errors import RolloutError
+from megatron_drpo.mcore.attention import row_layout
+from megatron_drpo.mcore.model import PolicyModel, build_model, use_transformer_engine
+from megatron_drpo.mcore.optimizer import build_optimizer
+from megatron_drpo.mcore.parallel import Layout
+from megatron_drpo.metrics import TokenDiagnostics
+from megatron_drpo.objectives import build_objective
+from megatron_drpo.types import Row
+from megatron_drpo.vocab_parallel import TokenLogprobs, vocab_parallel_logprobs
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update. Example: Update(grad_norm=0.8, lr=1e-6, skipped=False)."""
+
+    grad_norm: float
+    """Global norm before clipping."""
+    lr: float
+    """Learning rate that this update used."""
+    skipped: bool
+    """True if the gradients were not finite: weights and optimizer stay as they were."""
+
+
+class Policy:
+    """This rank's part of the policy. Build with `Policy.load`; all methods are collective."""
+
+    def __init__(
+        self, config: Config, architecture: Architecture, layout: Layout, device: Device
+    ) -> None:
+        self.config, self.architecture = config, architecture
+        self.layout, self.device = layout, device
+        self.models: list[PolicyModel] = build_model(architecture, config.model, layout, device)
+        self.temperature = config.rollout.rollout_temperature
+        self.num_updates = 0
+        """Optimizer updates that the weights have received: the policy's version."""
+        self._thd = use_transformer_engine(config.model)
+        self._objective = build_objective(config.objective)
+
+    @classmethod
+    def load(
+        cls, config: Config, architecture: Architecture, layout: Layout, device: Device
+    ) -> Policy:
+        """The policy with the weights of `--hf-model`, ready to train."""
+        policy = cls(config, architecture, layout, device)
+        load_hf(
+            config.model.hf_model,
+            architecture,
+            policy.models,
+            tp_rank=layout.tp_rank,
+            tp_size=layout.tp_size,
+        )
+        policy._prepare_training()
+        return policy
+
+    def _prepare_training(self) -> None:
+        """Gradient buffers and optimizer; master weights are copied from the loaded weights."""
+        megatron_config = self.models[0].config
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=self.config.optimizer.use_distributed_optimizer,
+        )
+        self.chunks = [
+            DistributedDataParallel(
+                config=megatron_config,
+                ddp_config=ddp_config,
+                module=model,
+                disable_bucketing=number > 0,
+            )
+            for number, model in enumerate(self.models)
+        ]
+        self.optimizer, self.scheduler = build_optimizer(self.config, self.chunks, self.device)
+        megatron_config.finalize_model_grads_func = finalize_model_grads
+        megatron_config.grad_scale_func = self.optimizer.scale_loss
+        megatron_config.no_sync_func = (
+            [chunk.no_sync for chunk in self.chunks]
+            if len(self.chunks) > 1
+            else self.chunks[0].no_sync
+        )
+
+    # The two verbs of a training step.
+
+    def forward_backward(self, rows: Sequence[Row]) -> tuple[float, TokenDiagnostics | None]:
+        """Gradients of the objective over this replica's rows, and all replicas' through Megatron.
+
+        Returns:
+            The global loss on every rank, and on the last stage the diagnostics of this replica's
+            loss tokens (None elsewhere).
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run_schedule(rows, self._train_loss, forward_only=False)
+        loss_sum = torch.zeros(2, dtype=torch.float64)
+        diagnostics = None
+        if self.layout.is_last_stage:
+            loss_sum[0] = sum(float(loss) for loss, _ in outputs)
+            loss_sum[1] = sum(row.num_items for row in rows)
+            diagnostics = TokenDiagnostics.cat([tokens for _, tokens in outputs])
+        if self.layout.tp_rank:
+            loss_sum.zero_()
+        dist.all_reduce(loss_sum, group=self.layout.control_group)
+        return float(loss_sum[0] / loss_sum[1].clamp(min=1)), diagnostics
+
+    @torch.no_grad()
+    def optim_step(self) -> Update:
+        """One update with the gradients of `forward_backward`, unless they are not finite."""
+        lr = self.optimizer.param_groups[0]["lr"] if self.optimizer.param_groups else 0.0
+        bad = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        # All ranks must decide alike: Megatron alone would let one rank's NaN destroy the others.
+        finite = self.layout.all_agree(not bad and math.isfinite(grad_norm))
+        if finite:
+            clip = self.config.optimizer.clip_grad
+            if clip > 0:
+                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip, grad_norm)
+            self.optimizer.step_with_ready_grads()
+            self.num_updates += 1
+        self.scheduler.step(increment=1)
+        return Update(grad_norm, lr, skipped=not finite)
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Row]) -> list[TokenLogprobs]:
+        """Log-probs and entropy of each row's loss tokens; on the last stage, else empty."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._run_schedule(rows, self._score, forward_only=True)
+
+    # What the verbs share.
+
+    def _run_schedule(self, rows: Sequence[Row], loss_func, *, forward_only: bool) -> list:
+        device = self.device.torch
+        # Each chunk of an interleaved schedule reads the same rows at its own pace.
+        iterators: list[Iterator[Row]] = [
+            iter([to_device(row, device) for row in rows]) for _ in self.chunks
+        ]
+        return get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, loss_func),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(rows),
+            seq_length=rows[0].tokens.numel(),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward_step(self, loss_func, rows: Iterator[Row], chunk, *_):
+        row = next(rows)
+        logits = chunk(row.tokens, row.positions, self._layout_of(row), row.loss_index)
+        return logits, partial(loss_func, row)
+
+    def _layout_of(self, row: Row) -> PackedSeqParams:
+        if not self._thd:
+            return row_layout(row.cu_seqlens, row.tokens.numel())
+        # Transformer Engine must see every token in a sequence: padding becomes the last one.
+        bounds = row.cu_seqlens
+        if int(bounds[-1]) < row.tokens.numel():
+            bounds = torch.cat([bounds, bounds.new_tensor([row.tokens.numel()])])
+        longest = int((bounds[1:] - bounds[:-1]).max())
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+    def _logprobs(self, row: Row, logits: Tensor) -> TokenLogprobs:
+        return vocab_parallel_logprobs(
+            logits,
+            row.targets,
+            temperature=self.temperature,
+            vocab_size=self.architecture.vocab_size,
+            group=self.layout.tp_group,
+        )
+
+    def _score(self, row: Row, logits: Tensor):
+        scores = self._logprobs(row, logits)
+        return logits.new_zeros(()), row_count(row, logits), scores
+
+    def _train_loss(self, row: Row, logits: Tensor):
+        scores = self._logprobs(row, logits)
+        check_finite(row, scores.logprobs)
+        objective = self._objective(scores.logprobs, row.behaviour_logprobs, row.advantages)
+        loss = (objective.losses * row.weights).sum()
+        diagnostics = TokenDiagnostics(
+            logprobs=scores.logprobs.detach(),
+            behaviour_logprobs=row.behaviour_logprobs,
+            advantages=row.advantages,
+            gradient_weight=objective.gradient_weights,
+            entropy=scores.entropy.detach(),
+        )
+        return loss, row_count(row, logits), (loss.detach(), diagnostics)
+
+
+def row_count(row: Row, like: Tensor) -> Tensor:
+    """`num_items` as Megatron adds it up: an integer on the model's device."""
+    return torch.tensor(row.num_items, dtype=torch.int, device=like.device)
+
+
+def to_device(row: Row, device: torch.device) -> Row:
+    """The row with its tensors on `device`."""
+    tensors = {name: value for name, value in vars(row).items() if isinstance(value, Tensor)}
+    return replace(row, **{name: value.to(device) for name, value in tensors.items()})
+
+
+def check_finite(row: Row, logprobs: Tensor) -> None:
+    """Refuse a NaN or infinite log-prob of the policy: a ratio of it means nothing.
+
+    Raises:
+        RolloutError: names the sequence of the row and the token's place.
+    """
+    bad = (~logprobs.isfinite()).nonzero().flatten()
+    if bad.numel():
+        first = int(bad[0])
+        raise RolloutError(
+            f"log-prob {float(logprobs[first])} of token {int(row.targets[first])} at position "
+            f"{int(row.positions[row.loss_index[first]]) + 1} of sequence "
+            f"{int(row.sequence[first])} in its row: the model's weights or logits are not finite "
+            f"({bad.numel()} of {logprobs.numel()} tokens); lower --lr or resume from an earlier "
+            "checkpoint"
+        )
