@@ -93,9 +93,7 @@ def row_layout(cu_seqlens: Tensor, num_tokens: int) -> RowLayout:
     real = index < ends[:, None]
     inverse = starts.new_zeros(num_tokens)
     inverse[index[real]] = torch.arange(index.numel(), device=starts.device)[real.flatten()]
-    return RowLayout(
-        qkv_format="sbhd", index=index.clamp(max=num_tokens - 1), inverse=inverse
-    )
+    return RowLayout(qkv_format="sbhd", index=index.clamp(max=num_tokens - 1), inverse=inverse)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -222,9 +220,7 @@ if HAVE_TE:
         def forward(self, query, key, value, *args, packed_seq_params=None, **kwargs):  # type: ignore[no-untyped-def]
             if isinstance(packed_seq_params, RowLayout | DecodeLayout):
                 scale = (self.config.kv_channels or 1) ** -0.5
-                return attend_layout(
-                    query, key, value, packed_seq_params, self.layer_number, scale
-                )
+                return attend_layout(query, key, value, packed_seq_params, self.layer_number, scale)
             return super().forward(
                 query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs
             )

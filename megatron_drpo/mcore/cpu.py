@@ -19,6 +19,7 @@ import logging
 import sys
 import time
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -278,6 +279,8 @@ def install() -> None:
             "import megatron_drpo.mcore first"
         )
     sys.meta_path.insert(0, _Finder)
+    # What megatron misses without a GPU is no news here.
+    warnings.filterwarnings("ignore", ".*Apex (is|are) not installed")
     # megatron warns when drawing for the GPU moved the CPU's generator; here they are one.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()

@@ -71,14 +71,23 @@ class PlainAdam(torch.optim.Optimizer):
             torch._foreach_addcdiv_(params, means, roots, -group["lr"] / (1 - beta1**step))
 
 
+def _use_plain_adam() -> None:
+    """Let Megatron build PlainAdam and treat it as apex's FusedAdam.
+
+    Megatron decides by what is installed, when these two modules are imported.
+    """
+    megatron_optimizer.Adam = distrib_optimizer.Adam = PlainAdam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
 def build_optimizer(
     config: Config, chunks: Sequence[DistributedDataParallel], device: Device
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """The optimizer over this rank's chunks, and its schedule counted in optimizer updates."""
     if device.kind == "cpu" or megatron_optimizer.USING_PYTORCH_OPTIMIZER:
-        # Megatron picks its Adam by what is installed, at import; these are its names for it.
-        megatron_optimizer.Adam = distrib_optimizer.Adam = PlainAdam
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        _use_plain_adam()
     ours = config.optimizer
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(

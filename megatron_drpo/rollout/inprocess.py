@@ -54,9 +54,7 @@ class InProcessEngine:
             if admitted is not None:
                 tokens, positions, layout, rows = admitted
                 first = batch.num_active - rows.numel()
-                batch.advance(
-                    first, *self._step(tokens, positions, layout, rows, batch, first)
-                )
+                batch.advance(first, *self._step(tokens, positions, layout, rows, batch, first))
             if batch.num_active:
                 tokens, positions, layout, rows = batch.decode()
                 batch.advance(0, *self._step(tokens, positions, layout, rows, batch, 0))

@@ -1,0 +1,254 @@
+"""Arguments: from flags and a YAML file to a checked `Config`.
+
+L3, used by `cli`. In: the words of the command line. Out: `Config` and `Options`, or one
+ConfigError that lists what is wrong. Flags, their types and their help are read off `config.py` by
+tyro; a YAML file becomes arguments that stand before the user's own. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import operator
+import os
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from megatron_drpo.config import Config, flag
+from megatron_drpo.errors import ConfigError
+
+_GROUPS: dict[str, Any] = typing.get_type_hints(Config)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What belongs to one start of the program, not to the run that it describes."""
+
+    config: str | None = None
+    """YAML file of `flag: value` lines, without the dashes in front; the command line wins."""
+    dry_run: bool = False
+    """Check everything, print the run's configuration and its consequences, and exit."""
+
+
+_TYPES: dict[str, Any] = {
+    name: kind for group in _GROUPS.values() for name, kind in typing.get_type_hints(group).items()
+}
+
+_UNUSED = (
+    (
+        "eval_prompts",
+        lambda config: config.data.eval_prompts is None,
+        ("eval_interval", "eval_samples_per_prompt")
+        + ("eval_temperature", "eval_top_p", "eval_top_k"),
+        "is not used without --eval-prompts; give held-out prompts, or drop it",
+    ),
+    (
+        "rollouts_file",
+        lambda config: config.rollout.rollouts_file is not None,
+        ("shuffle_prompts",),
+        "is not used with --rollouts-file, which is taken in its own order; drop it",
+    ),
+)
+"""(flag that decides, when it does, flags that then do nothing, what to say about each)."""
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, Options]:
+    """The configuration that the arguments and the YAML file named by `--config` describe.
+
+    Raises:
+        ConfigError: a flag or key is unknown, repeated in the file, of the wrong type, out of range
+            or unused; lists all of them where they can be told apart.
+        SystemExit: with status 0 after `--help`.
+    """
+    given = _names(argv)
+    yaml_argv: list[str] = []
+    origin: dict[str, str] = {}
+    file = _run_tyro(Options, argv, return_unknown_args=True, add_help=False)[0].config
+    if file is not None:
+        yaml_argv, lines = _read_yaml(Path(file))
+        origin = {name: f"{file}:{line}" for name, line in lines.items() if name not in given}
+    try:
+        # Of a repeated flag the last one counts.
+        raw = _run_tyro(_arguments(), [*yaml_argv, *argv], description=_DESCRIPTION)
+        config = _build(raw)
+        _refuse_unused(config, given, origin)
+    except ConfigError as error:
+        lines = [_with_origin(line, origin) for line in str(error).splitlines()]
+        raise ConfigError("\n".join(lines)) from None
+    return config, raw.options
+
+
+_DESCRIPTION = (
+    "Reinforcement learning of a language model with DRPO on Megatron-core. Start it by torchrun; "
+    "every flag may also stand in a YAML file (--config)."
+)
+
+
+def _names(argv: Sequence[str]) -> set[str]:
+    """Field names of the flags in `argv`; a flag is known by its whole name or not at all."""
+    known = {*_TYPES, "config", "dry_run", "help"}
+    known |= {f"no_{name}" for name, kind in {**_TYPES, "dry_run": bool}.items() if kind is bool}
+    names = [arg[2:].partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
+    problems = [
+        f"{flag(name)}: unknown flag; {_closest(flag(name), map(flag, known))}--help lists all"
+        for name in names
+        if name not in known
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return {name if name in _TYPES else name.removeprefix("no_") for name in names}
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"did you mean {match[0]}? " if match else ""
+
+
+def _read_yaml(path: Path) -> tuple[list[str], dict[str, int]]:
+    """A YAML file as arguments, and the line of each field.
+
+    Values are taken as they are written and typed like arguments, so that `lr: 1e-6` is a number
+    (YAML 1.1 reads it as text) and no object is ever constructed.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error}); give a YAML file") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"--config {path}:{line}: is not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: is not YAML: {error}") from error
+    if not isinstance(root, yaml.MappingNode) or not root.value:
+        raise ConfigError(f"--config {path}: must hold lines of `flag: value`, such as `lr: 1e-6`")
+    argv: list[str] = []
+    lines: dict[str, int] = {}
+    problems: list[str] = []
+    for key, value in root.value:
+        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        where = f"--config {path}:{line}: {key.value}:"
+        if name not in _TYPES:
+            close = _closest(name, _TYPES).replace("_", "-")
+            problems.append(f"{where} unknown key; {close}--help lists all, without the dashes")
+        elif name in lines:
+            problems.append(f"{where} is given twice, first in line {lines[name]}; drop one")
+        else:
+            lines[name] = line
+            try:
+                argv += _as_arguments(name, value)
+            except ConfigError as error:
+                problems.append(f"{where} {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return argv, lines
+
+
+def _as_arguments(name: str, node: yaml.Node) -> list[str]:
+    kind = _TYPES[name]
+    if typing.get_origin(kind) is tuple:
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if all(isinstance(item, yaml.ScalarNode) for item in items):
+            return [flag(name), *(item.value for item in items)]
+    elif isinstance(node, yaml.ScalarNode):
+        if kind is bool:
+            if node.value not in ("true", "false"):
+                raise ConfigError(f"{node.value!r} must be true or false")
+            return [flag(name if node.value == "true" else f"no_{name}")]
+        return [f"{flag(name)}={'None' if node.tag.endswith(':null') else node.value}"]
+    raise ConfigError("must be one value, not a list or a mapping")
+
+
+def _run_tyro(kind: Any, argv: Sequence[str], **options: Any) -> Any:
+    """`tyro.cli` with its errors as ConfigError; help is printed on rank 0 only."""
+    screen = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(screen):
+            return tyro.cli(
+                kind,
+                args=argv,
+                prog="train_drpo_gpt.sh",
+                console_outputs=os.environ.get("RANK", "0") == "0",
+                config=(tyro.conf.OmitArgPrefixes,),
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(_without_box(screen.getvalue())) from None
+
+
+def _without_box(text: str) -> str:
+    """The message of a tyro error: what stands in its box between the title and the first rule."""
+    rows = (
+        re.sub(r"[\u2500-\u257f]|^ *-{3,} *$", "", row).strip() for row in text.splitlines()[1:]
+    )
+    message = " ".join(itertools.takewhile(bool, itertools.dropwhile(operator.not_, rows)))
+    return re.sub(r"^Error parsing (--[\w-]+)", r"\1", message) + " (--help shows every flag)"
+
+
+def _arguments() -> type:
+    """What tyro fills: the groups of `Config`, without their own checks, and `Options`.
+
+    The checks come after all is parsed (`_build`), so that the user sees every problem at once.
+    """
+
+    def unchecked(group: type) -> type:
+        methods = {"__post_init__": lambda self: None, "__doc__": group.__doc__}
+        return type(group.__name__, (group,), methods)
+
+    groups = {"options": Options} | {name: unchecked(kind) for name, kind in _GROUPS.items()}
+    return dataclasses.make_dataclass(
+        "Arguments",
+        [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in groups.items()],
+    )
+
+
+def _build(raw: Any) -> Config:
+    """The checked configuration, or one ConfigError with the problems of all groups."""
+    groups: dict[str, Any] = {}
+    problems = []
+    for name, kind in _GROUPS.items():
+        groups[name] = getattr(raw, name)
+        values = {item.name: getattr(groups[name], item.name) for item in dataclasses.fields(kind)}
+        try:
+            groups[name] = kind(**values)
+        except ConfigError as error:
+            problems.append(str(error))
+    # The checks across groups calculate with the loop's numbers, so those must hold.
+    if type(groups["train"]) is _GROUPS["train"]:
+        try:
+            config = Config(**groups)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _refuse_unused(config: Config, given: set[str], origin: Mapping[str, str]) -> None:
+    """Raise for flags that do nothing; a key of the file may be left idle by the command line."""
+    problems = []
+    decides: Callable[[Config], bool]
+    for switch, decides, names, message in _UNUSED:
+        if decides(config):
+            named = given if switch in given else given | origin.keys()
+            problems += [f"{flag(name)}: {message}" for name in names if name in named]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _with_origin(problem: str, origin: Mapping[str, str]) -> str:
+    """`problem` with FILE:LINE of the first flag that it names, if that came from the file."""
+    found = re.search(r"--([\w-]+)", problem)
+    where = origin.get(found[1].replace("-", "_")) if found else None
+    return f"{problem} ({where})" if where else problem

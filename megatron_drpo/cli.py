@@ -1,0 +1,115 @@
+"""The command line: how a run starts, and how it ends when the user has something to mend.
+
+L3, the way in. In: arguments, RANK and WORLD_SIZE as torchrun sets them. Out: an exit status and,
+where something is to be mended, messages on one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_drpo.arguments import Options, parse
+from megatron_drpo.config import Config
+from megatron_drpo.errors import ConfigError, DrpoError
+
+USAGE_ERROR = 2
+"""Exit status when the user has something to mend."""
+
+_GRACE_SECONDS = 2.0
+
+
+def main() -> int:
+    """Run the program on this process's arguments; the exit status."""
+    return exit_status(lambda: start(sys.argv[1:]))
+
+
+def exit_status(call: Callable[[], None]) -> int:
+    """0 once `call` returned; `USAGE_ERROR`, after a message, if it raised an error of the user's.
+
+    Any other exception passes with its traceback: a defect of the program or, in a run of several
+    ranks, the echo of a rank that is gone. An echo is cut short: torchrun ends this rank while it
+    waits, so that what remains on the screen is what the first rank said.
+    """
+    try:
+        call()
+    except DrpoError as error:
+        _report(error)
+        return USAGE_ERROR
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(_GRACE_SECONDS)
+        raise
+    return 0
+
+
+def start(argv: Sequence[str]) -> None:
+    """Parse, check and run (or, with `--dry-run`, describe the run on rank 0).
+
+    Raises:
+        DrpoError: whatever the user has to mend, before any process group or during the run.
+    """
+    config, options = parse(argv)
+    rank, world_size = _rank(), _world_size(config, options)
+    # Imported here, since they take seconds: a mistyped flag is answered at once.
+    from megatron_drpo.preflight import preflight
+
+    inputs = preflight(config, world_size, rank)
+    if options.dry_run:
+        from megatron_drpo.dry_run import describe
+
+        if rank == 0:
+            print(describe(config, inputs, world_size))
+    else:
+        from megatron_drpo import train
+
+        train.run(config, inputs)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size(config: Config, options: Options) -> int:
+    """The ranks that torchrun started; a dry run without torchrun supposes the fewest that fit."""
+    parallel = config.parallel
+    fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if options.dry_run:
+        return fewest
+    raise ConfigError(
+        "RANK and WORLD_SIZE are not set: start this with torchrun --nproc-per-node "
+        f"{fewest} -m megatron_drpo [flags], or bash examples/train_drpo_gpt.sh [flags]"
+    )
+
+
+def _report(error: DrpoError) -> None:
+    """Print each problem on standard error, once.
+
+    Most problems are seen by all ranks alike. Rank 0 speaks at once and exits, whereupon torchrun
+    ends the others while they wait; one that is still there afterwards has a problem of its own.
+    """
+    rank, where = _rank(), ""
+    if rank:
+        time.sleep(_GRACE_SECONDS + int(os.environ.get("LOCAL_RANK", "0")))
+        where = f" on rank {rank}"
+    message = "\n".join(f"error{where}: {line}" for line in str(error).splitlines())
+    print(message, file=sys.stderr, flush=True)
+    _tell_torchrun(message)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun looks for it, so that its own last lines say it too.
+
+    The format is that of torch.distributed.elastic's ErrorHandler, without importing torch.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        told = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": message, "extraInfo": told}}
+        Path(file).write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,228 @@
+"""Training state: everything that a resumed run needs to continue as if it had never stopped.
+
+A checkpoint is a directory `step-NNNNNN` that appears by one rename when all of it is on disk:
+Megatron's `dist_checkpointing` shards (model, optimizer), `state.json` (progress, schedule, layout
+and configuration) and one safetensors file of random states per rank. The file `latest` beside it
+names the newest. Nothing is ever overwritten in place, so a killed save leaves the previous one.
+
+Resuming reads Megatron's own shard index, which is a pickle: only resume from directories that you
+trust as you trust the program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_drpo.config import Config, flag
+from megatron_drpo.errors import CheckpointError
+from megatron_drpo.mcore.policy import Policy
+
+MAY_CHANGE = frozenset(
+    {
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "num_virtual_stages_per_pipeline_rank",
+        "device",
+        "distributed_timeout_minutes",
+        "transformer_impl",
+        "max_tokens_per_microbatch",
+        "rollout_max_slots",
+        "max_engine_gap",
+        "reward_timeout_seconds",
+        "save_rollouts",
+        "train_iters",
+        "output_dir",
+        "checkpoint_interval",
+        "checkpoint_keep",
+        "resume",
+        "export_hf",
+        "progress",
+    }
+)
+"""Settings that a resume may change: they do not change what is learned, only where and how long.
+(`train_iters` does with a decaying learning rate whose length it sets: see `check_same_run`.)"""
+
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. Example: Progress(step=12, num_updates=48, skipped_updates=0)."""
+
+    step: int
+    """Training steps done: the next one's number, and the cursor into prompts and randomness."""
+    num_updates: int
+    skipped_updates: int
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint under `directory`, or None.
+
+    Raises:
+        CheckpointError: `latest` names a checkpoint that is not there.
+    """
+    pointer = directory / LATEST
+    if not pointer.exists():
+        return None
+    path = directory / pointer.read_text(encoding="utf-8").strip()
+    if not (path / "state.json").is_file():
+        raise CheckpointError(
+            f"{pointer}: names {path.name}, which is not a complete checkpoint; write the name of "
+            f"one that is into {pointer}, or start again in another --output-dir"
+        )
+    return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint; raises CheckpointError if it cannot be read."""
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'state.json'}: cannot be read: {error}") from error
+
+
+def check_same_run(path: Path, config: Config) -> None:
+    """Refuse to continue a run under a configuration that would make it another run.
+
+    Raises:
+        CheckpointError: lists each differing flag with both values.
+    """
+    saved, now = read_state(path)["config"], config.flat()
+    decays = config.optimizer.lr_decay_style != "constant"
+    fixed = MAY_CHANGE
+    if decays and config.optimizer.lr_decay_iters is None:
+        fixed = MAY_CHANGE - {"train_iters"}  # it sets the length of the decay
+    differ = [
+        f"{flag(name)}: the checkpoint has {saved.get(name)!r}, this run {now.get(name)!r}"
+        for name in sorted(saved.keys() | now.keys())
+        if name not in fixed and saved.get(name) != now.get(name)
+    ]
+    if differ:
+        raise CheckpointError(
+            f"--resume: {path} belongs to a run of another configuration; use its values, or "
+            "another --output-dir\n" + "\n".join(differ)
+        )
+
+
+def save_checkpoint(
+    directory: Path, policy: Policy, progress: Progress, config: Config, *, keep: int
+) -> Path:
+    """Write a checkpoint of step `progress.step`; collective over all ranks.
+
+    Args:
+        directory: receives `step-NNNNNN` and the file `latest`.
+        keep: newest checkpoints that stay, 0 keeps all.
+    """
+    layout = policy.layout
+    final = directory / f"step-{progress.step:06d}"
+    staging = directory / f".step-{progress.step:06d}.tmp"
+    if layout.rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed while saving
+        staging.mkdir(parents=True)
+    layout.barrier()
+    try:
+        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(staging))
+    except CheckpointingException as error:
+        raise CheckpointError(f"{staging}: saving failed: {error}") from error
+    save_file(_random_states(), staging / f"random-{layout.rank:05d}.safetensors")
+    if layout.rank == 0:
+        state = {
+            "progress": vars(progress),
+            "scheduler": policy.scheduler.state_dict(),
+            "world_size": layout.world_size,
+            "config": config.flat(),
+        }
+        (staging / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    layout.barrier()
+    if layout.rank == 0:
+        _sync(staging)
+        if final.exists():  # the same step again, after resuming from an earlier one
+            shutil.rmtree(final)
+        staging.rename(final)
+        pointer = directory / f".{LATEST}.tmp"
+        pointer.write_text(final.name, encoding="utf-8")
+        pointer.replace(directory / LATEST)
+        if keep:
+            for old in sorted(directory.glob("step-*"))[:-keep]:
+                shutil.rmtree(old)
+    layout.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, policy: Policy) -> Progress:
+    """Put a checkpoint's state into `policy`; any layout can read any other's. Collective."""
+    state = read_state(path)
+    with torch.no_grad():
+        sharded = _sharded_state(policy, is_loading=True)
+        try:
+            loaded = dist_checkpointing.load(sharded, str(path))
+        except CheckpointingException as error:
+            raise CheckpointError(f"{path}: loading failed: {error}") from error
+        for number, chunk in enumerate(policy.models):
+            chunk.load_state_dict(loaded[f"model{number}"])
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+    policy.scheduler.load_state_dict(state["scheduler"])
+    if state["world_size"] == policy.layout.world_size:
+        _set_random_states(load_file(path / f"random-{policy.layout.rank:05d}.safetensors"))
+    progress = Progress(**state["progress"])
+    policy.num_updates = progress.num_updates
+    return progress
+
+
+def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
+    # Megatron fills defaults into the metadata it is given: a fresh one for each call.
+    def metadata() -> dict[str, str]:
+        return {"distrib_optim_sharding_type": "fully_reshardable"}
+
+    state: dict[str, Any] = {
+        f"model{number}": model.sharded_state_dict(metadata=metadata())
+        for number, model in enumerate(policy.models)
+    }
+    # Megatron wants the parameters of a single chunk without the level of chunks.
+    models = state["model0"] if len(policy.models) == 1 else dict(state)
+    kwargs = {"metadata": metadata()} if policy.config.optimizer.use_distributed_optimizer else {}
+    state["optimizer"] = policy.optimizer.sharded_state_dict(
+        models, is_loading=is_loading, **kwargs
+    )
+    return state
+
+
+def _random_states() -> dict[str, Tensor]:
+    """Generator states of this rank. Sampling needs none (it counts); Megatron's dropout does."""
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+    states |= {f"megatron.{name}": value for name, value in tracker.items()}
+    return {name: value.cpu().clone() for name, value in states.items()}
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    prefix = "megatron."
+    tensor_parallel.get_cuda_rng_tracker().set_states(
+        {name[len(prefix) :]: value for name, value in states.items() if name.startswith(prefix)}
+    )
+
+
+def _sync(directory: Path) -> None:
+    """Force the directory's files to disk, so that the rename cannot come before them."""
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

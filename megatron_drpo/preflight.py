@@ -1,0 +1,262 @@
+"""Everything that can be checked before processes talk to each other, and all of it at once.
+
+L3, between the command line and the loop. In: the configuration and the number of ranks. Out: the
+`Inputs` of the run, read and checked, or one error that lists every problem. Neither megatron nor
+torch.distributed is touched. Every rank reads the same files for itself, so that all of them fail
+alike; only what would be done twice for nothing is left to rank 0.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from megatron_drpo.checkpoint.families import Architecture, read_architecture
+from megatron_drpo.checkpoint.hf import verify_checkpoint
+from megatron_drpo.config import Config
+from megatron_drpo.device import Device, choose_device
+from megatron_drpo.errors import ConfigError, DrpoError
+from megatron_drpo.prompts import PromptSampler, load_tokenizer, read_prompts, stop_ids
+from megatron_drpo.rewards import check_prompts, load_reward
+from megatron_drpo.rollout.files import read_rollouts
+from megatron_drpo.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works on; read once, the same on every rank."""
+
+    device: Device
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    """Token ids that end a response: the model's own and `--rollout-stop-ids`."""
+    prompts: Sequence[Prompt]
+    """Training prompts; empty with `--rollouts-file`."""
+    eval_prompts: Sequence[Prompt]
+    """Held-out prompts; empty without `--eval-prompts`."""
+    rollouts: Sequence[tuple[Rollout, float | None]] | None
+    """Rollouts of `--rollouts-file`, each with its reward if recorded; None: they are generated."""
+
+
+class _Problems:
+    """Collects errors, so that the user mends all of them in one go."""
+
+    def __init__(self) -> None:
+        self.errors: list[DrpoError] = []
+
+    def add(self, message: str) -> None:
+        self.errors.append(ConfigError(message))
+
+    def attempt(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What `call` returns, or None when it raised an error of the user's."""
+        try:
+            return call(*args, **kwargs)
+        except DrpoError as error:
+            self.errors.append(error)
+            return None
+
+    def raise_all(self) -> None:
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise ConfigError("\n".join(str(error) for error in self.errors))
+
+
+def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
+    """Check the configuration against files, machine and number of ranks; read what the run needs.
+
+    Raises:
+        DrpoError: of the problem's own class when there is one, a ConfigError that lists all of
+            them when there are several.
+    """
+    problems = _Problems()
+    _check_layout(config, world_size, problems)
+    device = problems.attempt(choose_device, config.parallel.device)
+    _check_transformer_engine(config, device, problems)
+    if rank == 0:
+        _check_output_directory(config, problems)
+    problems.attempt(load_reward, config.reward.reward)
+    architecture = problems.attempt(read_architecture, config.model.hf_model)
+    inputs = None
+    if architecture is not None:
+        _check_against_model(config, architecture, problems)
+        if rank == 0:
+            problems.attempt(verify_checkpoint, config.model.hf_model, architecture)
+        inputs = _read(config, device, architecture, problems)
+    problems.raise_all()
+    assert inputs is not None, "without a problem, everything was read"
+    return inputs
+
+
+def _check_layout(config: Config, world_size: int, problems: _Problems) -> None:
+    tp = config.parallel.tensor_model_parallel_size
+    pp = config.parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        problems.add(
+            f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}: need a "
+            f"multiple of {tp * pp} ranks, but there are {world_size}; start them with torchrun "
+            f"--nproc-per-node {tp * pp}, or with NPROC_PER_NODE={tp * pp} in the environment of "
+            "bash examples/train_drpo_gpt.sh"
+        )
+        return
+    dp, per_step = world_size // (tp * pp), config.rollout.rollout_prompts_per_step
+    if per_step % dp:
+        problems.add(
+            f"--rollout-prompts-per-step {per_step}: must be a multiple of the {dp} data-parallel "
+            f"replicas ({world_size} ranks / {tp} TP / {pp} PP)"
+        )
+
+
+def _check_transformer_engine(config: Config, device: Device | None, problems: _Problems) -> None:
+    if config.model.transformer_impl != "transformer_engine":
+        return
+    if device is not None and device.kind == "cpu":
+        problems.add(
+            f"--transformer-impl transformer_engine: needs a GPU, but this run is on the CPU "
+            f"({device.reason}); use local or auto"
+        )
+    elif importlib.util.find_spec("transformer_engine") is None:
+        problems.add(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+            "use an NGC PyTorch container, or local or auto"
+        )
+
+
+def _check_against_model(config: Config, architecture: Architecture, problems: _Problems) -> None:
+    tp = config.parallel.tensor_model_parallel_size
+    split = {
+        name: getattr(architecture, name)
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    }
+    uneven = [f"{name} {size}" for name, size in split.items() if size % tp]
+    if uneven:
+        fitting = [
+            str(size)
+            for size in range(1, architecture.num_query_groups + 1)
+            if not any(total % size for total in split.values())
+        ]
+        problems.add(
+            f"--tensor-model-parallel-size {tp}: does not divide {', '.join(uneven)} of the model "
+            f"(config.json); use one of {', '.join(fitting)}"
+        )
+    pp = config.parallel.pipeline_model_parallel_size
+    virtual = config.parallel.num_virtual_stages_per_pipeline_rank
+    if architecture.num_layers % (pp * virtual):
+        problems.add(
+            f"--pipeline-model-parallel-size {pp} --num-virtual-stages-per-pipeline-rank "
+            f"{virtual}: their product {pp * virtual} must divide num_layers "
+            f"{architecture.num_layers} of the model (config.json)"
+        )
+    response, context = (
+        config.rollout.rollout_max_response_length,
+        architecture.max_position_embeddings,
+    )
+    if response >= context:
+        problems.add(
+            f"--rollout-max-response-length {response}: leaves no room for a prompt in the model's "
+            f"max_position_embeddings {context}; use at most {context - 1}, less the longest prompt"
+        )
+
+
+def _check_output_directory(config: Config, problems: _Problems) -> None:
+    output = Path(config.output.output_dir)
+    # A new directory is made by the run; here it is enough that its parent lets us, and a dry run
+    # leaves nothing behind.
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        problems.add(
+            f"--output-dir {output}: {existing} cannot be written to ({error.strerror}); choose a "
+            "directory that can, or mend its permissions"
+        )
+    started = (output / "checkpoints" / "latest").exists()
+    if started and not config.output.resume:
+        problems.add(
+            f"--output-dir {output}: holds the checkpoints of an earlier run; continue that run "
+            "with --resume, or choose another directory"
+        )
+    if config.output.resume and not started:
+        problems.add(
+            f"--resume: there are no checkpoints in {output / 'checkpoints'}; drop it to start "
+            "anew, or name the earlier run's --output-dir"
+        )
+
+
+def _read(
+    config: Config, device: Device | None, architecture: Architecture, problems: _Problems
+) -> Inputs | None:
+    """The files that need the model's tokenizer; None if one of them cannot be used."""
+    model, rollout = config.model.hf_model, config.rollout
+    room = architecture.max_position_embeddings - rollout.rollout_max_response_length
+    tokenizer = problems.attempt(load_tokenizer, model, architecture.vocab_size)
+    if tokenizer is None or room < 1:
+        return None
+    ends = problems.attempt(stop_ids, model, tokenizer, rollout.rollout_stop_ids)
+
+    def prompts_of(path: str | None) -> Sequence[Prompt]:
+        if path is None:
+            return ()
+        prompts = problems.attempt(
+            read_prompts,
+            path,
+            tokenizer,
+            apply_chat_template=config.data.apply_chat_template,
+            max_prompt_length=room,
+            context_flag=f"--rollout-max-response-length {rollout.rollout_max_response_length}",
+        )
+        problems.attempt(check_prompts, config.reward.reward, prompts or ())
+        return prompts or ()
+
+    prompts, eval_prompts = prompts_of(config.data.prompts), prompts_of(config.data.eval_prompts)
+    rollouts = None
+    if rollout.rollouts_file is not None:
+        rollouts = problems.attempt(
+            read_rollouts,
+            rollout.rollouts_file,
+            vocab_size=architecture.vocab_size,
+            max_length=architecture.max_position_embeddings,
+            samples_per_prompt=rollout.rollout_samples_per_prompt,
+        )
+    elif prompts:
+        per_step, seed = rollout.rollout_prompts_per_step, config.train.seed
+        shuffle = config.data.shuffle_prompts
+        problems.attempt(PromptSampler, len(prompts), per_step, seed, shuffle)
+    _check_row_budget(config, prompts, rollouts or (), problems)
+    if ends is None or device is None:
+        return None
+    return Inputs(device, architecture, tokenizer, ends, prompts, eval_prompts, rollouts)
+
+
+def _check_row_budget(
+    config: Config,
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[tuple[Rollout, float | None]],
+    problems: _Problems,
+) -> None:
+    """A sequence is never cut, so the longest possible one has to fit into a row."""
+    response, budget = (
+        config.rollout.rollout_max_response_length,
+        config.train.max_tokens_per_microbatch,
+    )
+    lengths = [prompt.token_ids.numel() + response for prompt in prompts]
+    lengths += [
+        rollout.prompt.token_ids.numel() + rollout.response_ids.numel() for rollout, _ in rollouts
+    ]
+    if lengths and max(lengths) > budget:
+        problems.add(
+            f"--max-tokens-per-microbatch {budget}: the longest sequence may have {max(lengths)} "
+            f"tokens and has to fit into one row; use at least {max(lengths)}"
+        )

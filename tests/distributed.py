@@ -1,0 +1,95 @@
+"""Several gloo processes for one test: started, bounded in time, and cleaned up, here only."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_distributed(
+    fn: Callable[..., None], world_size: int, *args: Any, timeout: float = 240.0
+) -> None:
+    """Call `fn(rank, world_size, *args)` in `world_size` fresh processes with gloo initialised.
+
+    Args:
+        fn: a function at the top level of its module, so that a fresh process can import it.
+        timeout: seconds after which every process is killed.
+
+    Raises:
+        AssertionError: a process failed (with its traceback) or did not end in time (with the
+            stacks of those that hung).
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as scratch:
+        processes = [
+            context.Process(
+                target=_child,
+                args=(fn, rank, world_size, Path(scratch), timeout, args),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        running = list(processes)
+        # One failure ends the wait: its peers would only wait for it.
+        while running and not any(process.exitcode for process in processes):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            connection.wait([process.sentinel for process in running], timeout=left)
+            running = [process for process in running if process.exitcode is None]
+        for process in processes:
+            process.join(2 if any(other.exitcode for other in processes) else 0)
+            process.kill()
+            process.join()
+        if any(process.exitcode != 0 for process in processes):
+            notes = [
+                f"rank {rank}: exit code {process.exitcode}\n{_read(Path(scratch) / str(rank))}"
+                for rank, process in enumerate(processes)
+            ]
+            raise AssertionError(f"{fn.__name__} failed:\n" + "\n".join(notes))
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _child(
+    fn: Callable[..., None], rank: int, world_size: int, scratch: Path, timeout: float, args: Any
+) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    with (scratch / str(rank)).open("w") as note:
+        faulthandler.dump_traceback_later(max(timeout - 5, 1), file=note)
+        try:
+            from megatron_drpo.mcore import cpu
+
+            cpu.install()
+            store = dist.FileStore(str(scratch / "store"), world_size)
+            limit = timedelta(seconds=120)
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=world_size, timeout=limit
+            )
+            fn(rank, world_size, *args)
+            dist.barrier()
+            dist.destroy_process_group()
+        except BaseException:
+            traceback.print_exc(file=note)
+            note.flush()
+            os._exit(1)  # an ordinary exit may wait for peers inside gloo
+        finally:
+            faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,272 @@
+"""Packing against loops over tokens: nothing lost, nothing counted twice, whatever the layout."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_drpo.errors import ConfigError
+from megatron_drpo.packing import pack, split_updates
+from megatron_drpo.types import Prompt, Rollout, Row, Trajectory
+
+AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+HORIZON = 7
+
+
+def trajectory(
+    number: int, prompt: list[int], response: list[int], advantage: float = 0.5, group: int = 1
+) -> Trajectory:
+    # Each log-prob is a number of its own, so that a token can be told from all others.
+    logprobs = torch.tensor([-(number + 1) - i / 64 for i in range(len(response))])
+    return Trajectory(
+        Rollout(
+            prompt=Prompt(f"p{number // group}", "", torch.tensor(prompt), None),
+            sample=number % group,
+            response_ids=torch.tensor(response),
+            behaviour_logprobs=logprobs,
+            finish_reason="stop",
+            policy_version=0,
+            response_text="",
+        ),
+        reward=1.0,
+        advantage=advantage,
+    )
+
+
+@st.composite
+def batches(draw) -> list[Trajectory]:
+    ids = st.lists(st.integers(1, 99), min_size=1, max_size=20)
+    shapes = draw(
+        st.lists(st.tuples(ids, ids, st.sampled_from([0.0, -0.5, 1.25])), min_size=1, max_size=25)
+    )
+    return [trajectory(i, *shape) for i, shape in enumerate(shapes)]
+
+
+def weight_of(aggregation: str, length: int) -> float:
+    table = {
+        "token-mean": 1.0,
+        "seq-mean-token-mean": 1 / length,
+        "seq-mean-token-sum-norm": 1 / HORIZON,
+    }
+    return torch.tensor(table[aggregation]).item()
+
+
+def loss_tokens(rows: list[Row]) -> Counter:
+    """Every loss token as (what precedes it in its sequence, target, mu, advantage, weight)."""
+    found: Counter = Counter()
+    for row in rows:
+        for t, place in enumerate(row.loss_index.tolist()):
+            start = row.cu_seqlens[row.sequence[t]].item()
+            end = row.cu_seqlens[row.sequence[t] + 1].item()
+            assert start <= place < end - 1
+            assert row.tokens[place + 1] == row.targets[t]
+            key = (
+                tuple(row.tokens[start : place + 1].tolist()),
+                row.targets[t].item(),
+                row.behaviour_logprobs[t].item(),
+                row.advantages[t].item(),
+                row.weights[t].item(),
+            )
+            found[key] += 1
+    return found
+
+
+def expected_tokens(batch: list[Trajectory], aggregation: str) -> Counter:
+    wanted: Counter = Counter()
+    for item in batch:
+        rollout = item.rollout
+        response = rollout.response_ids.tolist()
+        for i, token in enumerate(response):
+            context = (*rollout.prompt.token_ids.tolist(), *response[:i])
+            logprob = rollout.behaviour_logprobs[i].item()
+            weight = weight_of(aggregation, len(response))
+            wanted[context, token, logprob, item.advantage, weight] += 1
+    return wanted
+
+
+def test_the_example_of_the_row_docstring():
+    batch = [trajectory(0, [5, 6], [8, 2], 1.0), trajectory(1, [7], [2], -1.0)]
+    for aggregation, num_items in zip(AGGREGATIONS, (3, 2, 2), strict=True):
+        ((row,),) = pack(
+            batch,
+            max_tokens=8,
+            num_replicas=1,
+            aggregation=aggregation,
+            horizon=HORIZON,
+            pad_multiple=8,
+        )
+        assert row.tokens.tolist() == [5, 6, 8, 2, 7, 2, 0, 0]
+        assert row.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 0]
+        assert row.cu_seqlens.tolist() == [0, 4, 6]
+        assert row.loss_index.tolist() == [1, 2, 4]
+        assert row.targets.tolist() == [8, 2, 2]
+        assert row.sequence.tolist() == [0, 0, 1]
+        assert row.advantages.tolist() == [1.0, 1.0, -1.0]
+        assert row.behaviour_logprobs.tolist() == [-1.0, -1 - 1 / 64, -2.0]
+        assert row.num_items == num_items
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batches(),
+    st.sampled_from(AGGREGATIONS),
+    st.integers(40, 200),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from([1, 8, 16]),
+)
+def test_every_token_once_in_rows_of_one_shape(
+    batch, aggregation, max_tokens, replicas, rows_multiple, pad_multiple
+):
+    packed = pack(
+        batch,
+        max_tokens=max_tokens,
+        num_replicas=replicas,
+        rows_multiple=rows_multiple,
+        aggregation=aggregation,
+        horizon=HORIZON,
+        pad_multiple=pad_multiple,
+    )
+    rows = [row for replica in packed for row in replica]
+    assert len(packed) == replicas
+    assert {len(replica) for replica in packed} == {len(rows) // replicas}
+    assert len(packed[0]) % rows_multiple == 0
+
+    assert loss_tokens(rows) == expected_tokens(batch, aggregation)
+    tokens = sum(item.rollout.response_ids.numel() for item in batch)
+    oracle = tokens if aggregation == "token-mean" else len(batch)
+    assert sum(row.num_items for row in rows) == oracle
+
+    (size,) = {row.tokens.numel() for row in rows}
+    longest = max(int(row.cu_seqlens[-1]) for row in rows)
+    assert longest <= max_tokens
+    assert size == math.ceil(longest / pad_multiple) * pad_multiple
+    for row in rows:
+        bounds = row.cu_seqlens.tolist()
+        positions = [i for a, b in zip(bounds, bounds[1:], strict=False) for i in range(b - a)]
+        padding = size - bounds[-1]
+        assert bounds[0] == 0
+        assert row.positions.tolist() == positions + [0] * padding
+        assert row.tokens[bounds[-1] :].tolist() == [0] * padding
+        assert row.loss_index.tolist() == sorted(set(row.loss_index.tolist()))
+        dtypes = [row.tokens, row.positions, row.loss_index, row.targets, row.sequence]
+        assert {tensor.dtype for tensor in dtypes} == {torch.int64}
+        assert row.cu_seqlens.dtype == torch.int32
+        floats = [row.behaviour_logprobs, row.advantages, row.weights]
+        assert {tensor.dtype for tensor in floats} == {torch.float32}
+
+
+@settings(max_examples=50, deadline=None)
+@given(batches(), st.sampled_from(AGGREGATIONS), st.integers(40, 500), st.integers(1, 5))
+def test_the_loss_does_not_depend_on_budget_or_replicas(batch, aggregation, max_tokens, replicas):
+    def loss(max_tokens: int, replicas: int) -> float:
+        packed = pack(
+            batch,
+            max_tokens=max_tokens,
+            num_replicas=replicas,
+            aggregation=aggregation,
+            horizon=HORIZON,
+        )
+        rows = [row for replica in packed for row in replica]
+        # Any function of a token's own numbers may stand for its loss.
+        total = sum(
+            (row.weights.double() * row.behaviour_logprobs.double() * row.advantages).sum().item()
+            for row in rows
+        )
+        return total / sum(row.num_items for row in rows)
+
+    per_sequence = []
+    for item in batch:
+        logprobs = item.rollout.behaviour_logprobs.tolist()
+        terms = [item.advantage * logprob for logprob in logprobs]
+        divisor = {
+            "token-mean": 1,
+            "seq-mean-token-mean": len(terms),
+            "seq-mean-token-sum-norm": HORIZON,
+        }[aggregation]
+        per_sequence.append((sum(terms) / divisor, len(terms)))
+    items = sum(n for _, n in per_sequence) if aggregation == "token-mean" else len(batch)
+    oracle = sum(value for value, _ in per_sequence) / items
+    assert loss(max_tokens, replicas) == pytest.approx(oracle, rel=1e-6, abs=1e-9)
+
+
+def test_rows_are_few_and_even():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 250, (512,), generator=generator).tolist()
+    batch = [trajectory(i, [1] * 20, [2] * n) for i, n in enumerate(lengths)]
+    packed = pack(batch, max_tokens=4096, num_replicas=4, aggregation="token-mean", horizon=1)
+    rows = [row for replica in packed for row in replica]
+    total = sum(lengths) + 20 * len(lengths)
+    assert len(rows) <= math.ceil(total / 4096 / 4) * 4
+    assert rows[0].tokens.numel() * len(rows) < 1.02 * total
+    loads = [sum(int(row.cu_seqlens[-1]) for row in replica) for replica in packed]
+    assert max(loads) < 1.02 * min(loads)
+
+
+def test_a_replica_without_sequences_gets_an_empty_row():
+    packed = pack(
+        [trajectory(0, [5], [6])],
+        max_tokens=16,
+        num_replicas=3,
+        rows_multiple=2,
+        aggregation="token-mean",
+        horizon=1,
+    )
+    rows = [row for replica in packed for row in replica]
+    assert len(rows) == 6 and sum(row.num_items for row in rows) == 1
+    empty = [row for row in rows if not row.num_items]
+    assert len(empty) == 5
+    for row in empty:
+        assert row.tokens.tolist() == [0] * 16 and row.cu_seqlens.tolist() == [0]
+        assert row.loss_index.numel() == row.weights.numel() == row.behaviour_logprobs.numel() == 0
+
+
+def test_the_same_batch_packs_the_same_way():
+    def packed() -> list[list[list[int]]]:
+        batch = [trajectory(i, [i + 1] * (1 + i % 5), [i + 1] * (1 + i % 3)) for i in range(40)]
+        result = pack(batch, max_tokens=16, num_replicas=2, aggregation="token-mean", horizon=1)
+        return [[row.tokens.tolist() for row in replica] for replica in result]
+
+    assert packed() == packed()
+
+
+def test_a_sequence_beyond_the_budget_is_refused():
+    batch = [trajectory(0, [1], [2]), trajectory(1, [1] * 9, [2] * 8)]
+    with pytest.raises(ConfigError, match=r"--max-tokens-per-microbatch 16: .*p1 has 17 tokens"):
+        pack(batch, max_tokens=16, num_replicas=1, aggregation="token-mean", horizon=1)
+    pack(batch, max_tokens=17, num_replicas=1, aggregation="token-mean", horizon=1)
+
+
+@pytest.mark.parametrize("seed", [0, (3, 4)])
+def test_updates_share_whole_groups_equally(seed):
+    batch = [trajectory(i, [1], [2], group=3) for i in range(36)]
+    shares = split_updates(batch, 3, 4, seed)
+    assert [len(share) for share in shares] == [9] * 4
+    flat = [item for share in shares for item in share]
+    assert {id(item) for item in flat} == {id(item) for item in batch} and len(flat) == 36
+    for share in shares:
+        for start in range(0, 9, 3):
+            group = share[start : start + 3]
+            assert len({item.rollout.prompt.id for item in group}) == 1
+            assert [item.rollout.sample for item in group] == [0, 1, 2]
+
+
+def test_the_order_of_updates_is_the_seeds():
+    batch = [trajectory(i, [1], [2]) for i in range(32)]
+
+    def order(seed) -> list[str]:
+        return [t.rollout.prompt.id for share in split_updates(batch, 1, 2, seed) for t in share]
+
+    assert order(5) == order(5)
+    assert len({tuple(order(seed)) for seed in (5, 6, (5, 1), (5, 2))}) == 4
+
+
+def test_groups_that_cannot_be_shared_equally_are_refused():
+    batch = [trajectory(i, [1], [2], group=2) for i in range(10)]
+    with pytest.raises(ConfigError, match=r"--updates-per-rollout 4: .*\b5 prompts"):
+        split_updates(batch, 2, 4, 0)

@@ -1,0 +1,218 @@
+"""What is refused before any long work, and what a dry run says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_drpo import cli
+from megatron_drpo.arguments import parse
+from megatron_drpo.errors import CheckpointError, ConfigError, DataError, DrpoError, RewardError
+from megatron_drpo.preflight import Inputs, preflight
+from tests.tiny_run import NUM_PROMPTS, make_tiny_run
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    directory = tmp_path_factory.mktemp("run")
+    return directory, make_tiny_run(directory)
+
+
+@pytest.fixture(autouse=True)
+def gpus_stay_visible() -> Iterator[None]:
+    """`--device cpu` hides the GPUs from its process, which here is that of all tests."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    yield
+    if visible is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+
+
+@pytest.fixture
+def flags(
+    run_directory: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Flags of a valid run, in a current directory of the test's own."""
+    directory, flags = run_directory
+    for path in directory.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return flags
+
+
+def check(argv: list[str], world_size: int = 1, rank: int = 0) -> Inputs:
+    config, _ = parse(argv)
+    return preflight(config, world_size, rank)
+
+
+def refused(kind: type[DrpoError], argv: list[str], world_size: int = 1, rank: int = 0) -> str:
+    with pytest.raises(kind) as caught:
+        check(argv, world_size, rank)
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+def test_a_valid_run_is_read_once_and_megatron_is_not_imported(flags: list[str]) -> None:
+    before = {name for name in sys.modules if name.startswith("megatron.")}
+    inputs = check([*flags, "--eval-prompts", "prompts.jsonl", "--rollout-stop-ids", "3"])
+    assert {name for name in sys.modules if name.startswith("megatron.")} == before
+    assert inputs.architecture.num_attention_heads == 8
+    assert [prompt.text for prompt in inputs.prompts] == [f"{i}+{i}=" for i in range(NUM_PROMPTS)]
+    assert len(inputs.eval_prompts) == NUM_PROMPTS
+    assert inputs.stop_ids == (2, 3)
+    assert inputs.rollouts is None and inputs.device.kind in ("cpu", "cuda")
+    assert sorted(os.listdir()) == ["model", "prompts.jsonl"]
+
+
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_layouts_that_fit_pass(flags: list[str], world_size: int) -> None:
+    sizes = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    check([*flags, *sizes, "--num-virtual-stages-per-pipeline-rank", "2"], world_size)
+
+
+@pytest.mark.parametrize(
+    ("extra", "world_size", "parts"),
+    [
+        (["--tensor-model-parallel-size", "2"], 3, ["size 2", "are 3", "--nproc-per-node 2"]),
+        (["--tensor-model-parallel-size", "3"], 3, ["heads 8", "groups 4", "ffn_hidden_size 40"]),
+        (["--tensor-model-parallel-size", "8"], 8, ["num_query_groups 4", "use one of 1, 2, 4"]),
+        (["--pipeline-model-parallel-size", "3"], 3, ["num_layers 4", "product 3"]),
+        (
+            ["--pipeline-model-parallel-size", "2"]
+            + ["--num-virtual-stages-per-pipeline-rank", "3"],
+            2,
+            ["num_layers 4", "product 6"],
+        ),
+        ([], 3, ["--rollout-prompts-per-step 4", "3 data-parallel"]),
+        (["--rollout-max-response-length", "64"], 1, ["length 64", "embeddings 64", "at most 63"]),
+        (["--max-tokens-per-microbatch", "11"], 1, ["microbatch 11", "at least 12"]),
+        (["--rollout-prompts-per-step", "10"], 1, ["per-step 10", f"{NUM_PROMPTS} prompts"]),
+        (["--resume"], 1, ["--resume", "out/checkpoints"]),
+        (["--transformer-impl", "transformer_engine", "--device", "cpu"], 1, ["needs a GPU"]),
+    ],
+)
+def test_what_does_not_fit_names_both_numbers_and_the_flag(
+    flags: list[str], extra: list[str], world_size: int, parts: list[str]
+) -> None:
+    message = refused(ConfigError, [*flags, *extra], world_size)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_files_that_cannot_be_used_are_refused(flags: list[str]) -> None:
+    Path("bad.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": \n')
+    assert "bad.jsonl:2" in refused(DataError, [*flags, "--eval-prompts", "bad.jsonl"])
+    Path("none.jsonl").write_text("\n")
+    assert "none.jsonl: is empty" in refused(DataError, [*flags, "--eval-prompts", "none.jsonl"])
+    Path("long.jsonl").write_text(f'{{"prompt": "{"1" * 57}", "answer": "2"}}\n')
+    message = refused(DataError, [*flags, "--eval-prompts", "long.jsonl"])
+    assert "long.jsonl:1" in message and "57" in message and "56" in message
+    Path("open.jsonl").write_text('{"prompt": "1+1="}\n')
+    assert "answer" in refused(DataError, [*flags, "--eval-prompts", "open.jsonl"])
+    assert "gone" in refused(CheckpointError, [*flags, "--hf-model", "gone"])
+    assert "nothing" in refused(RewardError, [*flags, "--reward", "nothing"])
+
+
+def test_a_damaged_checkpoint_is_found_by_rank_0(flags: list[str]) -> None:
+    broken = Path("broken")
+    broken.mkdir()
+    for path in Path("model").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    argv = [*flags, "--hf-model", "broken"]
+    assert "model.safetensors" in refused(CheckpointError, argv)
+    check(argv, rank=1)
+
+
+def test_an_output_directory_must_be_new_or_resumed(flags: list[str]) -> None:
+    checkpoints = Path("out/checkpoints")
+    checkpoints.mkdir(parents=True)
+    check(flags)  # a run that ended before its first checkpoint
+    (checkpoints / "latest").write_text("step-000001")
+    assert "--resume" in refused(ConfigError, flags)
+    check([*flags, "--resume"])
+
+
+def test_an_output_directory_must_be_writable(flags: list[str]) -> None:
+    Path("file").write_text("")
+    message = refused(ConfigError, [*flags, "--output-dir", "file/run"])
+    assert "--output-dir file/run" in message
+    check([*flags, "--output-dir", "file/run"], rank=1)
+
+
+def test_all_problems_come_at_once(flags: list[str]) -> None:
+    message = refused(
+        ConfigError,
+        [
+            *flags,
+            "--tensor-model-parallel-size",
+            "3",
+            "--reward",
+            "nothing",
+            "--output-dir",
+            "/proc/x",
+        ]
+        + ["--eval-prompts", "gone.jsonl", "--resume"],
+        world_size=4,
+    )
+    for part in ("multiple of 3", "heads 8", "nothing", "/proc", "gone.jsonl", "--resume"):
+        assert part in message
+
+
+def test_recorded_rollouts_are_read(flags: list[str]) -> None:
+    line = (
+        '{"id": "a", "prompt": "1+1=", "prompt_ids": [4, 13, 4, 14], "sample": %d, '
+        '"response": "2", "response_ids": [5, 2], "behaviour_logprobs": [-0.5, %s], '
+        '"finish_reason": "stop", "policy_version": 0, "reward": 1.0}\n'
+    )
+    argv = [*flags, "--rollouts-file", "r.jsonl", "--prompts", "None"]
+    Path("r.jsonl").write_text(line % (0, "-0.1") + line % (1, "-0.2"))
+    inputs = check(argv)
+    assert inputs.rollouts is not None
+    assert [reward for _, reward in inputs.rollouts] == [1.0, 1.0]
+    assert len(inputs.prompts) == 0
+    Path("r.jsonl").write_text(line % (0, "-0.1") + line % (1, "0.2"))
+    assert "r.jsonl:2" in refused(DataError, argv)
+    Path("r.jsonl").write_text(line % (0, "-0.1") + line % (1, "-0.2"))
+    assert "at least 6" in refused(ConfigError, [*argv, "--max-tokens-per-microbatch", "5"])
+
+
+def test_a_dry_run_tells_the_consequences_and_leaves_nothing(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.start([*flags, "--dry-run", "--tensor-model-parallel-size", "2", "--drpo-delta", "2"])
+    text = capsys.readouterr().out
+    assert "--tensor-model-parallel-size 2\n" in text and "--rollout-prompts-per-step 4\n" in text
+    assert "2 rank(s) = TP 2 x PP 1 x DP 1" in text
+    assert "2 steps of 8 samples = 4 prompts x 2" in text
+    assert "4 optimizer updates, 2 per step, each on 4 samples" in text
+    assert "at most 64 response tokens per step, 128 in all" in text
+    assert "[0.5, 1.5]" in text
+    assert "KV cache, 8 slots of 12 tokens" in text
+    assert sorted(os.listdir()) == ["model", "prompts.jsonl"]
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_the_memory_estimate_counts_the_parameters_of_a_rank(
+    flags: list[str], capsys: pytest.CaptureFixture[str], pp: int
+) -> None:
+    from tests.tiny_models import tiny_model
+
+    total = {name: p.numel() for name, p in tiny_model("qwen3").named_parameters()}
+    embedding, output = total["model.embed_tokens.weight"], total["lm_head.weight"]
+    norm, layers = total["model.norm.weight"], 0
+    for name, size in total.items():
+        if ".layers." in name:
+            layers += size if "norm" in name else size // 2  # norms are on every rank
+    expected = layers // pp + (embedding if pp == 1 else 0) // 2 + output // 2 + norm
+    sizes = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", str(pp)]
+    cli.start([*flags, "--dry-run", *sizes])
+    assert f"weights, {expected:,} parameters" in capsys.readouterr().out
