@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from megatron_drpo.checkpoint.families import Architecture, read_architecture
 from megatron_drpo.checkpoint.hf import verify_checkpoint
+from megatron_drpo.checkpoint.resume import LATEST, check_same_run, latest
 from megatron_drpo.config import Config
 from megatron_drpo.device import Device, choose_device
 from megatron_drpo.errors import ConfigError, DrpoError
@@ -182,13 +183,15 @@ def _check_output_directory(config: Config, problems: _Problems) -> None:
             f"--output-dir {output}: {existing} cannot be written to ({error.strerror}); choose a "
             "directory that can, or mend its permissions"
         )
-    started = (output / "checkpoints" / "latest").exists()
-    if started and not config.output.resume:
+    checkpoint = problems.attempt(latest, output / "checkpoints")
+    if checkpoint and not config.output.resume:
         problems.add(
             f"--output-dir {output}: holds the checkpoints of an earlier run; continue that run "
             "with --resume, or choose another directory"
         )
-    if config.output.resume and not started:
+    if config.output.resume and checkpoint:
+        problems.attempt(check_same_run, checkpoint, config)
+    if config.output.resume and not (output / "checkpoints" / LATEST).exists():
         problems.add(
             f"--resume: there are no checkpoints in {output / 'checkpoints'}; drop it to start "
             "anew, or name the earlier run's --output-dir"

@@ -170,14 +170,16 @@ def _encode(
     else:
         raise DataError(f"`prompt` must be text or a list of chat messages, found {_kind(prompt)}")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
     except jinja2.TemplateError as error:
         raise DataError(f"the tokenizer's chat template refuses `prompt`: {error}") from error
     return text, tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    bos, eos = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
     # A second BOS, or an end before the response begins, is a prompt the model has never seen.
     ids = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos):
@@ -296,13 +298,14 @@ def stop_ids(
     """
     extra = list(extra)
     largest = _largest_id(tokenizer)
+    found: Any = tokenizer.eos_token_id
+    origin = "the tokenizer"
     for value in extra:
         if not 0 <= value <= largest:
             raise ConfigError(
                 f"--rollout-stop-ids {value}: the tokenizer's ids are 0 to {largest}; give ids of "
                 "these"
             )
-    found, origin = tokenizer.eos_token_id, "the tokenizer"
     for name in ("config.json", "generation_config.json"):  # the later one wins
         value = _eos_of(Path(directory) / name)
         if value is not None:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from megatron_drpo import rewards
 from megatron_drpo.advantages import make_trajectories
+from megatron_drpo.checkpoint import resume
 from megatron_drpo.checkpoint.hf import export_hf
 from megatron_drpo.config import Config
 from megatron_drpo.errors import RolloutError
@@ -54,7 +55,7 @@ def run(config: Config, inputs: Inputs) -> None:
     """Train, from the HF checkpoint or from the newest training checkpoint, to `train_iters`."""
     layout = parallel.initialize(config.parallel, inputs.device, config.train.seed)
     _Run(config, inputs, layout).train()
-    parallel.destroy()
+    parallel.destroy(layout)
 
 
 class _Run:
@@ -94,9 +95,8 @@ class _Run:
             tqdm.write(message)
 
     def _resume(self) -> None:
-        path = state.latest(self.directory / "checkpoints")
+        path = resume.latest(self.directory / "checkpoints")
         assert path is not None, "preflight checks that there is a checkpoint"
-        state.check_same_run(path, self.config)
         progress = state.load_checkpoint(path, self.policy)
         self.step, self.skipped_updates = progress.step, progress.skipped_updates
         self.say(f"resumed from {path}: {self.step} steps done")
@@ -400,7 +400,7 @@ class _Run:
             state.save_checkpoint(
                 self.directory / "checkpoints",
                 self.policy,
-                state.Progress(self.step, self.policy.num_updates, self.skipped_updates),
+                resume.Progress(self.step, self.policy.num_updates, self.skipped_updates),
                 self.config,
                 keep=self.config.output.checkpoint_keep,
             )

@@ -37,25 +37,27 @@ def run_distributed(
             context.Process(
                 target=_child,
                 args=(fn, rank, world_size, Path(scratch), timeout, args),
-                daemon=True,
             )
             for rank in range(world_size)
         ]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + timeout
-        running = list(processes)
-        # One failure ends the wait: its peers would only wait for it.
-        while running and not any(process.exitcode for process in processes):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            connection.wait([process.sentinel for process in running], timeout=left)
-            running = [process for process in running if process.exitcode is None]
-        for process in processes:
-            process.join(2 if any(other.exitcode for other in processes) else 0)
-            process.kill()
-            process.join()
+        # Not daemons: saving a checkpoint starts processes of its own.
+        try:
+            for process in processes:
+                process.start()
+            deadline = time.monotonic() + timeout
+            running = list(processes)
+            # One failure ends the wait: its peers would only wait for it.
+            while running and not any(process.exitcode for process in processes):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                connection.wait([process.sentinel for process in running], timeout=left)
+                running = [process for process in running if process.exitcode is None]
+        finally:
+            for process in processes:
+                process.join(2 if any(other.exitcode for other in processes) else 0)
+                process.kill()
+                process.join()
         if any(process.exitcode != 0 for process in processes):
             notes = [
                 f"rank {rank}: exit code {process.exitcode}\n{_read(Path(scratch) / str(rank))}"

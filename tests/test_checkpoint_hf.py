@@ -83,7 +83,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., li
         return model.build_model(architecture, config, layout, device)
 
     yield make
-    parallel.destroy()
+    parallel.destroy(layout)
+    dist.destroy_process_group()
 
 
 def megatron_logits(chunk: Any, tokens: Tensor) -> Tensor:

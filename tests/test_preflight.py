@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -137,8 +138,14 @@ def test_an_output_directory_must_be_new_or_resumed(flags: list[str]) -> None:
     checkpoints.mkdir(parents=True)
     check(flags)  # a run that ended before its first checkpoint
     (checkpoints / "latest").write_text("step-000001")
+    assert "not a complete checkpoint" in refused(CheckpointError, flags)
+    (checkpoints / "step-000001").mkdir()
+    state = {"config": parse(flags)[0].flat()}
+    (checkpoints / "step-000001" / "state.json").write_text(json.dumps(state))
     assert "--resume" in refused(ConfigError, flags)
-    check([*flags, "--resume"])
+    check([*flags, "--resume", "--train-iters", "9"])
+    message = refused(CheckpointError, [*flags, "--resume", "--lr", "0.5"])
+    assert "--lr" in message and "1e-06" in message and "0.5" in message
 
 
 def test_an_output_directory_must_be_writable(flags: list[str]) -> None:

@@ -80,13 +80,10 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
-def test_only_mcore_and_training_state_import_megatron(path: Path) -> None:
+def test_only_mcore_imports_megatron(path: Path) -> None:
     module = module_name(path)
     if any(name.partition(".")[0] == "megatron" for name in imported(ast.parse(path.read_text()))):
-        # state.py hands Megatron's own sharded state to Megatron's own dist_checkpointing.
-        assert (
-            module.startswith("megatron_drpo.mcore") or module == "megatron_drpo.checkpoint.state"
-        )
+        assert module.startswith("megatron_drpo.mcore")
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))

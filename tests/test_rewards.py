@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def rollout(response: str = "42", answer: str | None = "42", sample: int = 3) ->
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
     """Writes a module into the current directory and gives its name, unique to the test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry])
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
 
     def write(source: str) -> str:
         name = f"user_{abs(hash(request.node.name))}"
@@ -70,6 +72,7 @@ def test_exact(response, answer, expected):
         (r"$x = 5$, so the answer is \boxed{42}. That was all; check: 3.", "42", 1),
         (r"So \boxed{41}. Let me check again: 3+4=7. So it is \boxed{42}", "42", 1),
         (r"So \boxed{41}. Let me check again: 3+4=7. So it is \boxed{42}", "41", 0),
+        (r"It is \boxed{42}. The final answer is $3$.", "42", 1),
         (r"\boxed{1} and \boxed{2}", "1, 2", 1),
         (r"\boxed{1} or \boxed{2}", "2", 0),
         (r"The answer is $3\sqrt{13}$.", r"3\sqrt{13}", 1),
@@ -164,8 +167,6 @@ def test_what_is_no_finite_number_is_refused(value):
 
 
 def test_numbers_of_all_kinds_are_taken():
-    import numpy as np
-
     values = iter([True, 2, 0.25, np.float32(0.5), np.int64(3), np.bool_(True), -1.0])
     got = score(lambda r: next(values), "f", [rollout()] * 7, 5.0)
     assert got == [1.0, 2.0, 0.25, 0.5, 3.0, 1.0, -1.0]
@@ -196,7 +197,18 @@ def busy_and_deaf(r: RewardRequest) -> float:
         return 1.0
 
 
-@pytest.mark.parametrize("reward", [sleeping, busy_and_deaf])
+def losing_the_first_alarm(r: RewardRequest) -> float:
+    class Loses:
+        def __del__(self) -> None:
+            time.sleep(30)  # what is raised here, Python reports and drops
+
+    del [Loses()][0]
+    time.sleep(30)
+    return 1.0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("reward", [sleeping, busy_and_deaf, losing_the_first_alarm])
 def test_a_reward_that_hangs_is_stopped(reward):
     start = time.monotonic()
     with pytest.raises(RewardError, match=r"sample 3.*--reward-timeout-seconds 0.2"):

@@ -10,11 +10,11 @@ right, the carry included; the answer stands in the box that math graders read:
     47+85=   ->   12 13 \\boxed{132}          7+5 = 12, 4+8+1 = 13
     85-47=   ->   8 3 \\boxed{38}             15-7 = 8, 8-1-4 = 3
 
-**The supervised corpus is of mixed quality on purpose, as text from the web is**: in a stated share
-of its worked solutions (`Recipe.mistake_share`, three of five) one column is off by one and the
-rest follows from the mistake. A model that imitates it knows the arithmetic, as its greedy answers
-show, yet samples a wrong answer more often than a right one: what reinforcement learning can mend,
-and the reason why the base is neither too good nor too weak to learn from its own samples.
+**The supervised corpus is of mixed quality on purpose, as text from the web is.** Its worked
+columns are right but for a few slips; of the boxed answers, stated shares (`Recipe`) are only rough
+(rounded down to tens, 130) or cut short (13). A model that imitates it knows the arithmetic, and
+yet its own samples are wrong more often than right: what reinforcement learning can mend, quickly
+for the answers, slowly for the slips. pass@8 is high from the start.
 
 Held-out prompts share no pair of operands, in either order or operation, with the training prompts,
 and neither shares one with the supervised corpus.
@@ -53,18 +53,18 @@ class Recipe:
     """Raised with every change of the code below that changes what is built."""
     seed: int = 0
     """Seed of the splits, the corpus, the initial weights and the order of training."""
-    steps: int = 1000
+    steps: int = 900
     """Optimizer updates of the supervised training."""
     batch_size: int = 16
     """Worked solutions per update."""
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     """Peak learning rate; 50 updates of warm-up, then linear to 0."""
     slip_share: float = 0.05
     """Share of the corpus's solutions that have a mistake in a column."""
-    rough_share: float = 0.3
-    """Share of the corpus's solutions whose answer is rounded down to tens."""
-    cut_share: float = 0.28
-    """Share of the corpus's solutions whose answer lacks its last digit."""
+    rough_share: float = 0.32
+    """Share of the corpus's solutions whose boxed answer is rounded down to tens."""
+    cut_share: float = 0.29
+    """Share of the corpus's solutions whose boxed answer lacks its last digit (if it has two)."""
     num_prompts: int = 3072
     """Training prompts."""
     num_eval_prompts: int = 256
@@ -148,23 +148,19 @@ def mistaken_solution(problem: Problem, rng: random.Random) -> str:
     return solution
 
 
-def spoil_answer(solution: str, digit: str) -> str:
-    """Replace the last digit of the boxed answer."""
-    return f"{solution[:-2]}{digit}}}"
-
-
 def make_corpus(problems: list[Problem], recipe: Recipe) -> list[tuple[str, str]]:
     """(prompt, worked solution) for each training example, in the order of training."""
     rng = random.Random(f"corpus {recipe.seed}")
     corpus = []
     for _ in range(recipe.steps * recipe.batch_size):
         problem = rng.choice(problems)
-        slipped = rng.random() < recipe.slip_share
-        solution = mistaken_solution(problem, rng) if slipped else work_out(problem)
-        kind = rng.random()
-        if kind < recipe.rough_share:
+        solution = work_out(problem)
+        if rng.random() < recipe.slip_share:
+            solution = mistaken_solution(problem, rng)
+        answer = rng.random()
+        if answer < recipe.rough_share:
             solution = solution[:-2] + "0}"
-        elif kind < recipe.rough_share + recipe.cut_share and solution[-3].isdigit():
+        elif answer < recipe.rough_share + recipe.cut_share and solution[-3].isdigit():
             solution = solution[:-2] + "}"
         corpus.append((problem.prompt, solution))
     return corpus
@@ -219,9 +215,9 @@ def train_tokenizer(corpus: list[tuple[str, str]]) -> tuple[bytes, PreTrainedTok
 
 def build_model(vocab_size: int) -> Qwen3ForCausalLM:
     """A fresh model; heads, groups, feed-forward width and layers can be halved by TP and PP."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM(
+    model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=vocab_size,
             hidden_size=128,
@@ -231,12 +227,15 @@ def build_model(vocab_size: int) -> Qwen3ForCausalLM:
             head_dim=32,
             intermediate_size=384,
             max_position_embeddings=128,
+            initializer_range=0.05,  # learns sooner than the usual 0.02 at this width
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=EOS,
             pad_token_id=PAD,
         )
     )
+    model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
+    return model
 
 
 def encode_corpus(
@@ -348,6 +347,8 @@ def _build(directory: Path, recipe: Recipe) -> dict[str, Any]:
         train(model, *encode_corpus(corpus, tokenizer), recipe)
         accuracy = measure(model, tokenizer, splits.eval_prompts)
     model.save_pretrained(directory)
+    # safetensors writes for the owner alone; the checkpoint is as readable as its config.
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")
     tokenizer.save_pretrained(directory)
     (directory / "tokenizer.model").write_bytes(model_file)
     _write_jsonl(directory / "prompts.jsonl", splits.prompts)

@@ -279,8 +279,8 @@ def install() -> None:
             "import megatron_drpo.mcore first"
         )
     sys.meta_path.insert(0, _Finder)
-    # What megatron misses without a GPU is no news here.
-    warnings.filterwarnings("ignore", ".*Apex (is|are) not installed")
+    # megatron's warnings are advice for GPUs, and about what it misses without one.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     # megatron warns when drawing for the GPU moved the CPU's generator; here they are one.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()

@@ -35,6 +35,8 @@ class Layout:
     dp_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
     """All ranks, gloo whatever the device: for objects and decisions."""
+    owns_world: bool
+    """True if `initialize` started torch.distributed, so that `destroy` ends it."""
 
     @property
     def is_replica_source(self) -> bool:
@@ -73,7 +75,8 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
     """Start the process groups; rank and world size come from torchrun's environment."""
     minutes = config.distributed_timeout_minutes
     timeout = timedelta(minutes=minutes)
-    if not dist.is_initialized():
+    owns_world = not dist.is_initialized()
+    if owns_world:
         dist.init_process_group(device.backend, timeout=timeout)
     vp_size = config.num_virtual_stages_per_pipeline_rank
     parallel_state.initialize_model_parallel(
@@ -97,11 +100,12 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         control_group=dist.new_group(backend="gloo", timeout=timeout),
+        owns_world=owns_world,
     )
 
 
-def destroy() -> None:
-    """End what `initialize` started; safe to call twice."""
+def destroy(layout: Layout) -> None:
+    """End what `initialize` started."""
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if layout.owns_world:
         dist.destroy_process_group()

@@ -42,8 +42,9 @@ def drpo(
     if not delta > 0:
         raise ValueError(f"delta must be above 0, not {delta}")
     ratio_minus_one = torch.expm1(logprobs - behaviour_logprobs)
-    # m (r - 1) is p - m: the signed difference that the trust region bounds.
-    drift = behaviour_logprobs.exp() * ratio_minus_one
+    # p - m = m (r - 1) is the signed difference that the trust region bounds; in this form it stays
+    # inside [-1, 1] where r overflows and m underflows.
+    drift = logprobs.exp() - behaviour_logprobs.exp()
     penalty = advantages.abs() * drift * ratio_minus_one / (2 * delta)
     losses = penalty - (1 + ratio_minus_one) * advantages
     weights = 1 - advantages.sign() * drift.detach() / delta

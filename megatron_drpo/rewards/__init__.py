@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -96,7 +96,7 @@ def load_reward(name: str) -> Reward:
         )
     if inspect.iscoroutinefunction(function):
         raise RewardError(f"--reward {name}: is async; give a plain function of one request")
-    return function
+    return cast(Reward, function)
 
 
 def _parents(module_name: str) -> set[str]:
@@ -187,13 +187,14 @@ def time_limit(seconds: float) -> Iterator[None]:
     By a signal, since a thread that hangs cannot be ended: it interrupts Python code and waiting,
     but only in the main thread. A timer found running (an outer limit, a test's) goes on after.
     """
+    again = 0.5  # What is raised inside a __del__ or a gc callback is lost: repeat it.
 
     def expire(signum: int, frame: object) -> None:
         raise TimeLimitExpired
 
     start = time.monotonic()
     outer_handler = signal.signal(signal.SIGALRM, expire)
-    outer_left, outer_interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    outer_left, outer_interval = signal.setitimer(signal.ITIMER_REAL, seconds, again)
     try:
         yield
     finally:

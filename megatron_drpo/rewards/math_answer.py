@@ -50,4 +50,4 @@ def _parse_gold(answer: str) -> list[Any]:
 
 
 def _parse(text: str) -> list[Any]:
-    return parse(text, _EXTRACTION, parsing_timeout=None)
+    return parse(text, _EXTRACTION, parsing_timeout=0)

@@ -1,8 +1,9 @@
 """Log-probs of chosen ids and the entropy, from vocab-parallel logits, with their gradients.
 
-Forward: one pass over the local shard for the partials (max, sum of exp, sum of p*z, picked logit),
-then one all-gather of four numbers per token merges the ranks. Backward: no collective; on the
-shard, d log pi_y = onehot - softmax and dH = -softmax * (log softmax + H), over the temperature.
+Forward: one pass over the local shard for the partials (max, sum of exp, sum of x*exp, picked
+logit; all relative to the max), then one all-gather of four numbers per token merges the ranks.
+Backward: no collective; on the shard, d log pi_y = onehot - softmax and
+dH = -softmax * (log softmax + H), over the temperature.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = 1 << 22
 """Logits that are held in fp32 at a time."""
+
+_LOWEST = torch.finfo(torch.float32).min
+"""Stands for a maximum of -inf: differences to it stay numbers, and their exp is still 0."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -66,18 +71,20 @@ class _Logprobs(torch.autograd.Function):
         local = targets - start
         owned = (local >= 0) & (local < real)
         local = local.clamp(0, max(columns - 1, 0))
-        # Per token: max, sum of exp(z - max), sum of z * exp(z - max), the target's z if owned.
+        # Per token: max, sum of exp(x), sum of x * exp(x), the target's z if owned; x = z - max.
+        # Sums of differences to the max keep their precision however large the logits are.
         partials = logits.new_zeros((4, rows), dtype=torch.float32)
         if real == 0:
-            partials[0] = -torch.inf
+            partials[0] = _LOWEST
         else:
             for rows_ in _chunks(rows, columns):
                 z = logits[rows_, :real].float() / temperature
-                top = z.max(-1).values
+                top = z.max(-1).values.clamp(min=_LOWEST)
                 picked = z.gather(-1, local[rows_, None].clamp(max=real - 1))[:, 0]
                 partials[0, rows_] = top
                 partials[3, rows_] = picked.where(owned[rows_], 0)
-                exp = (z - top[:, None]).exp_()
+                z.sub_(top[:, None])
+                exp = z.exp()
                 partials[1, rows_] = exp.sum(-1)
                 # A column at -inf has p = 0 and adds nothing, though 0 * -inf is NaN.
                 partials[2, rows_] = exp.mul_(z).nan_to_num_(nan=0.0).sum(-1)
@@ -90,25 +97,28 @@ class _Logprobs(torch.autograd.Function):
         top = tops.max(0).values
         scale = (tops - top).exp()
         total = (sums * scale).sum(0)
-        log_total = top + total.log()
-        entropy = log_total - (weighted * scale).sum(0) / total
-        logprobs = picked.sum(0) - log_total
+        log_total = total.log()
+        entropy = log_total - ((weighted + (tops - top) * sums) * scale).sum(0) / total
+        logprobs = picked.sum(0) - top - log_total
         logprobs = logprobs.where((targets >= 0) & (targets < vocab_size), torch.nan)
-        ctx.save_for_backward(logits, local, owned, log_total, entropy)
+        ctx.save_for_backward(logits, local, owned, top, log_total, entropy)
         ctx.temperature, ctx.real = temperature, real
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        logits, local, owned, log_total, entropy = ctx.saved_tensors
+        logits, local, owned, top, log_total, entropy = ctx.saved_tensors
         grad = torch.zeros_like(logits)
         if ctx.real == 0:
             return grad, None, None, None, None
         for rows_ in _chunks(*logits.shape):
-            log_p = logits[rows_, : ctx.real].float() / ctx.temperature - log_total[rows_, None]
+            log_p = logits[rows_, : ctx.real].float() / ctx.temperature
+            log_p.sub_(top[rows_, None]).sub_(log_total[rows_, None])
             p = log_p.exp()
-            # d/dz = -g p - h p (log p + H), then +g at the target.
-            log_p.clamp_(min=torch.finfo(torch.float32).min)
+            # d/dz = -g p - h p (log p + H), then +g at the target. Where p = 0 the bracket only
+            # has to be finite: fp32's smallest p is about exp(-103).
+            log_p.clamp_(min=-1e3)
             log_p.add_(entropy[rows_, None]).mul_(grad_entropy[rows_, None])
             log_p.add_(grad_logprobs[rows_, None]).mul_(p).neg_()
             picked = grad_logprobs[rows_].where(owned[rows_], 0)

@@ -34,7 +34,8 @@ def counter_uniforms(seed: int, streams: Tensor, positions: Tensor) -> Tensor:
         positions: int64 [B], the token's number within its response.
     """
     bits = _splitmix64(_splitmix64(_splitmix64(streams + seed * 2) + positions) + seed)
-    return (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+    # With 52 bits the half still fits into fp64's 53: neither 0 nor 1 can come out.
+    return (((bits >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
 
 
 def sample(
@@ -76,7 +77,7 @@ def sample(
         ids = logits.argmax(-1)
         return ids, torch.zeros_like(ids, dtype=torch.float32)
     # A stable sort keeps the smaller id first among equals.
-    ordered, order = (logits / temperature).sort(-1, descending=True, stable=True)
+    ordered, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     if top_k:
         ordered[:, top_k:] = -torch.inf
     if top_p < 1:

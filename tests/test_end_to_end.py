@@ -1,0 +1,146 @@
+"""The whole program as a user runs it, on a tiny model: what a run leaves, and how it resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from tests.distributed import run_distributed
+from tests.tiny_run import make_tiny_run
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMES = ("time/", "tokens_per_second")
+REWARD = """
+def short(request):
+    \"\"\"A reward that a random model varies in: the fewer characters the better.\"\"\"
+    return -len(request.response) / 8
+"""
+
+
+def make_run(directory: Path) -> list[str]:
+    """A tiny run whose rewards differ, so that its gradients are not zero."""
+    flags = make_tiny_run(directory)
+    (directory / "tiny_reward.py").write_text(REWARD)
+    return [*flags, "--reward", "tiny_reward:short", "--eval-prompts", "prompts.jsonl"]
+
+
+def _train(rank: int, world_size: int, root: Path, flags: list[str]) -> None:
+    """Runs that share one start of the processes; each is a whole `train.run`."""
+    from megatron_drpo import cli
+
+    os.chdir(root)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    tp2 = [*flags, "--tensor-model-parallel-size", "2"]
+    cli.start([*tp2, "--train-iters", "6", "--output-dir", "straight", "--save-rollouts"])
+    cli.start([*tp2, "--train-iters", "3", "--output-dir", "resumed"])
+    dist.barrier()
+    if rank == 0:
+        # As if it had been killed after logging more than its last checkpoint holds.
+        with open("resumed/metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 4, "loss": 99.0}) + "\n")
+        shutil.copytree("resumed", "other")
+    dist.barrier()
+    cli.start([*tp2, "--train-iters", "6", "--output-dir", "resumed", "--resume"])
+    # Another layout continues too, with the same numbers but for rounding.
+    dp2 = [*flags, "--tensor-model-parallel-size", "1"]
+    cli.start([*dp2, "--train-iters", "6", "--output-dir", "other", "--resume"])
+    # The first step of the straight run again, from its rollouts.
+    recorded = ["--rollouts-file", "straight/rollouts/step-000001.jsonl", "--train-iters", "1"]
+    at = dp2.index("--prompts")
+    cli.start([*dp2[:at], *dp2[at + 2 :], *recorded, "--output-dir", "replayed"])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    flags = [*make_run(root), "--lr", "1e-3", "--no-progress", "--eval-interval", "3", "--bf16"]
+    flags += ["--eval-samples-per-prompt", "2", "--eval-top-p", "0.9"]
+    run_distributed(_train, 2, root, flags)
+    return root
+
+
+def logged(run: Path) -> dict[int, dict[str, float]]:
+    """Every number of metrics.jsonl by step and name, clocks left out."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        values = {name: v for name, v in line.items() if not name.startswith(TIMES)}
+        steps.setdefault(values.pop("step"), {}).update(values)
+    return steps
+
+
+@pytest.mark.distributed
+def test_three_steps_and_three_resumed_are_six(runs: Path) -> None:
+    straight, resumed = logged(runs / "straight"), logged(runs / "resumed")
+    assert sorted(straight) == list(range(7))
+    assert straight[6]["policy_version"] == 12
+    assert any(step.get("grad_norm", 0) > 0 for step in straight.values())
+    assert straight == resumed  # every logged number, to the last bit
+    ours = load_file(runs / "straight/hf/model.safetensors")
+    theirs = load_file(runs / "resumed/hf/model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_continues_in_another_layout(runs: Path) -> None:
+    straight, other = logged(runs / "straight"), logged(runs / "other")
+    assert sorted(other) == list(range(7))
+    # The first step after the change starts from the same weights and so draws the same responses,
+    # unless rounding in bf16 moves a draw across the edge of two ids.
+    assert other[4]["response_length/mean"] == pytest.approx(
+        straight[4]["response_length/mean"], rel=0.25
+    )
+    assert other[6]["policy_version"] == 12
+
+
+@pytest.mark.distributed
+def test_recorded_rollouts_replay_the_step_that_wrote_them(runs: Path) -> None:
+    straight, replayed = logged(runs / "straight")[1], logged(runs / "replayed")[1]
+    for name in ("reward/mean", "response_length/mean", "advantage/std"):
+        assert replayed[name] == straight[name]
+    assert replayed["loss"] == pytest.approx(straight["loss"], rel=0.05, abs=1e-4)  # bf16
+
+
+@pytest.mark.distributed
+def test_the_program_as_torchrun_starts_it(tmp_path: Path) -> None:
+    flags = [*make_run(tmp_path), "--tensor-model-parallel-size", "2", "--lr", "1e-2"]
+    flags += ["--checkpoint-interval", "1"]
+    script = ROOT / "examples" / "train_drpo_gpt.sh"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(script), *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("device: cpu (gloo)") == 1  # said by one rank
+    assert "held-out" in done.stdout and "report:" in done.stdout
+    out = tmp_path / "out"
+    assert (out / "report.html").stat().st_size > 10_000
+    assert list((out / "tensorboard").glob("events.out.tfevents.*"))
+    assert (out / "checkpoints" / "latest").read_text() == "step-000002"
+    assert not list((out / "checkpoints").glob(".*tmp"))
+    for step in (1, 2):
+        assert logged(out)[step]["engine_gap/max_abs"] <= 1e-4
+        assert logged(out)[step]["skipped_updates"] == 0
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = AutoModelForCausalLM.from_pretrained(out / "hf")
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    changed = [
+        not torch.equal(new, old)
+        for new, old in zip(trained.parameters(), start.parameters(), strict=True)
+    ]
+    assert all(changed)
+    assert AutoTokenizer.from_pretrained(out / "hf")("1+1=").input_ids == [4, 13, 4, 14]

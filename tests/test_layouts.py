@@ -1,0 +1,327 @@
+"""Every layout computes the same thing, and the right one.
+
+The reference is transformers on one rank: one sequence at a time, without padding or packing, the
+loss written out in loops in fp64. Each layout scores, generates and makes one update in one start
+of four processes. With Adam's eps and the learning rate at 1 and nothing else on, an update moves a
+weight by -g / (|g| + 1), so that the exported weights show the gradient of every parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_drpo.types import Prompt, Rollout, Trajectory
+from tests.distributed import run_distributed
+from tests.tiny_models import VOCAB, save_tiny, tiny_model
+
+WORLD = 4
+# tp, pp, chunks per stage, token budget of a row; data parallelism takes the rest
+LAYOUTS = [
+    (1, 1, 1, 24),
+    (2, 1, 1, 64),
+    (4, 1, 1, 24),
+    (1, 2, 1, 64),
+    (1, 4, 1, 24),
+    (2, 2, 1, 64),
+    (1, 2, 2, 24),
+    (2, 2, 2, 64),
+]
+MODELS = [("llama", True), ("qwen3", False)]
+DELTA, TEMPERATURE, HORIZON = 0.5, 0.8, 16
+GREEDY_TOKENS = 10
+
+
+def trajectories() -> list[Trajectory]:
+    """Random sequences of uneven lengths whose behaviour policy is near some other model."""
+    generator = torch.Generator().manual_seed(3)
+    out = []
+    for number in range(12):
+        prompt_length = int(torch.randint(1, 7, (), generator=generator))
+        length = int(torch.randint(1, 10, (), generator=generator))
+        ids = torch.randint(3, VOCAB, (prompt_length + length,), generator=generator)
+        logprobs = -0.5 - 5 * torch.rand(length, generator=generator)
+        advantage = float(torch.randn((), generator=generator))
+        prompt = Prompt(f"p{number}", "", ids[:prompt_length], None)
+        rollout = Rollout(prompt, 0, ids[prompt_length:], logprobs, "length", 0, "")
+        out.append(Trajectory(rollout, 0.0, advantage))
+    return out
+
+
+def reference(family: str, tie: bool) -> tuple[float, list[list[float]], dict[str, Tensor]]:
+    """(loss, log-probs of each response, weights after the update), by transformers in fp64."""
+    model = tiny_model(family, tie=tie, dtype=torch.float64)
+    batch = trajectories()
+    total: Tensor | float = 0.0
+    scores = []
+    for trajectory in batch:
+        rollout = trajectory.rollout
+        prompt, response = rollout.prompt.token_ids, rollout.response_ids
+        logits = model(torch.cat([prompt, response])[None]).logits[0] / TEMPERATURE
+        scores.append([])
+        for t, token in enumerate(response.tolist()):
+            log_pi = torch.log_softmax(logits[len(prompt) - 1 + t], -1)[token]
+            scores[-1].append(log_pi.item())
+            mu = math.exp(float(rollout.behaviour_logprobs[t]))
+            r, a = log_pi.exp() / mu, trajectory.advantage
+            objective = r * a - abs(a) / (2 * DELTA) * mu * (r - 1) ** 2
+            total = total - objective / HORIZON
+    loss = total / len(batch)
+    loss.backward()
+    weights = {}
+    for name, value in model.named_parameters():
+        weights[name] = (value - value.grad / (value.grad.abs() + 1)).detach()
+    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
+    return float(loss.detach()), scores, weights | {"grad_norm": torch.tensor(norm)}
+
+
+def _policy(source: Path, layout_size, rank: int):
+    from megatron_drpo.checkpoint.families import read_architecture
+    from megatron_drpo.config import (
+        Config,
+        DataConfig,
+        ModelConfig,
+        ObjectiveConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        RolloutConfig,
+        TrainConfig,
+    )
+    from megatron_drpo.device import Device
+    from megatron_drpo.mcore import parallel
+    from megatron_drpo.mcore.policy import Policy
+
+    tp, pp, vp, budget = layout_size
+    config = Config(
+        model=ModelConfig(hf_model=str(source), transformer_impl="local"),
+        parallel=ParallelConfig(tp, pp, vp),
+        data=DataConfig(prompts="unused"),
+        rollout=RolloutConfig(rollout_temperature=TEMPERATURE),
+        objective=ObjectiveConfig(drpo_delta=DELTA, loss_token_horizon=HORIZON),
+        optimizer=OptimizerConfig(lr=1.0, adam_eps=1.0, weight_decay=0.0, clip_grad=0.0),
+        train=TrainConfig(max_tokens_per_microbatch=budget),
+    )
+    device = Device("cpu", "gloo", rank, "test")
+    layout = parallel.initialize(config.parallel, device, seed=1)
+    return config, layout, Policy.load(config, read_architecture(source), layout, device)
+
+
+def _rows(config, layout, batch):
+    from megatron_drpo.packing import pack
+
+    return pack(
+        batch,
+        max_tokens=config.train.max_tokens_per_microbatch,
+        num_replicas=layout.dp_size,
+        rows_multiple=layout.pp_size if layout.vp_size > 1 else 1,
+        aggregation=config.objective.loss_aggregation,
+        horizon=config.loss_token_horizon,
+    )[layout.dp_rank]
+
+
+def _sample(policy, *, temperature: float, slots: int):
+    from megatron_drpo.rollout.engine import Request, Sampling
+    from megatron_drpo.rollout.inprocess import InProcessEngine
+
+    engine = InProcessEngine(policy, max_slots=slots)
+    prompts = [trajectory.rollout.prompt.token_ids for trajectory in trajectories()]
+    requests = [Request(prompt, stream) for stream, prompt in enumerate(prompts)]
+    sampling = Sampling(temperature, 1.0, 0, GREEDY_TOKENS, stop_ids=(2, 9), seed=5)
+    return engine.generate(requests, sampling)
+
+
+def _fresh_trajectories(completions) -> list[Trajectory]:
+    return [
+        replace(
+            old,
+            rollout=replace(
+                old.rollout,
+                response_ids=new.response_ids,
+                behaviour_logprobs=new.logprobs,
+            ),
+        )
+        for old, new in zip(trajectories(), completions, strict=True)
+    ]
+
+
+def _ranks(rank: int, world_size: int, root: Path) -> None:
+    """One start of the processes, which is what costs time, for everything below."""
+    from megatron_drpo.checkpoint.hf import export_hf
+    from megatron_drpo.mcore import parallel
+
+    for family, tie in MODELS:
+        for size in LAYOUTS:
+            config, layout, policy = _policy(root / family, size, rank)
+            result: dict[str, object] = {}
+            greedy = _sample(policy, temperature=0.0, slots=5)
+            drawn = _sample(policy, temperature=TEMPERATURE, slots=5)
+            result["greedy"] = [c.response_ids.tolist() for c in greedy]
+            result["drawn"] = [c.response_ids.tolist() for c in drawn]
+            result["reasons"] = [c.finish_reason for c in drawn]
+            rows = _rows(config, layout, _fresh_trajectories(drawn))
+            gaps = [
+                (score.logprobs - row.behaviour_logprobs).abs().max().item()
+                for score, row in zip(policy.score(rows), rows, strict=False)
+                if row.targets.numel()
+            ]
+            result["gap"] = max(gaps, default=0.0)
+            rows = _rows(config, layout, trajectories())
+            result["scores"] = [
+                # Sequences by the advantage, which tells them apart in any order of packing.
+                [
+                    float(row.advantages[row.sequence == n][0]),
+                    s.logprobs[row.sequence == n].tolist(),
+                ]
+                for row, s in zip(rows, policy.score(rows), strict=False)
+                for n in range(row.cu_seqlens.numel() - 1)
+            ]
+            result["loss"], _ = policy.forward_backward(rows)
+            update = policy.optim_step()
+            result["grad_norm"], result["skipped"] = update.grad_norm, update.skipped
+            name = f"{family}-{'-'.join(map(str, size))}"
+            export_hf(
+                root / name,
+                root / family,
+                policy.architecture,
+                policy.models,
+                tp_group=layout.tp_group,
+                pp_group=layout.pp_group,
+                dp_rank=layout.dp_rank,
+            )
+            if family == "qwen3":
+                result["poisoned"] = _poison(config, layout, policy)
+            everyone = layout.gather_objects(result)
+            if rank == 0:
+                (root / f"{name}.json").write_text(json.dumps(everyone))
+            parallel.destroy(layout)
+
+
+def _poison(config, layout, policy) -> dict[str, object]:
+    """An infinite advantage on one replica only: what the update then does, and the next one."""
+    batch = trajectories()
+    bad = [replace(batch[0], advantage=math.inf), *batch[1:]]
+    before = [p.detach().clone() for model in policy.models for p in model.parameters()]
+    policy.forward_backward(_rows(config, layout, bad))
+    update = policy.optim_step()
+    after = [p.detach() for model in policy.models for p in model.parameters()]
+    unchanged = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    version = policy.num_updates
+    loss, _ = policy.forward_backward(_rows(config, layout, batch))
+    return {
+        "skipped": update.skipped,
+        "unchanged": unchanged,
+        "version": version,
+        "next_skipped": policy.optim_step().skipped,
+        "next_loss": loss,
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("layouts")
+    for family, tie in MODELS:
+        save_tiny(root / family, family, tie=tie)
+    run_distributed(_ranks, WORLD, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, tuple[float, list[list[float]], dict[str, Tensor]]]:
+    return {family: reference(family, tie) for family, tie in MODELS}
+
+
+def _cases():
+    return pytest.mark.parametrize(
+        ("family", "size"),
+        [(family, size) for family, _ in MODELS for size in LAYOUTS],
+        ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+    )
+
+
+def _result(root: Path, family: str, size) -> list[dict]:
+    return json.loads((root / f"{family}-{'-'.join(map(str, size))}.json").read_text())
+
+
+@pytest.mark.distributed
+@_cases()
+def test_loss_and_gradients_are_those_of_transformers(results, references, family, size) -> None:
+    loss, _, weights = references[family]
+    norm = weights["grad_norm"].item()
+    for rank in _result(results, family, size):
+        assert rank["loss"] == pytest.approx(loss, rel=1e-5)
+        assert rank["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert not rank["skipped"]
+    exported = {}
+    for file in (results / f"{family}-{'-'.join(map(str, size))}").glob("*.safetensors"):
+        exported |= load_file(file)
+    assert exported.keys() <= weights.keys()
+    for name, value in exported.items():
+        # Gradients of up to 0.3: an error of 1 % in any of them would show.
+        torch.testing.assert_close(value.double(), weights[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.distributed
+@_cases()
+def test_scores_are_those_of_transformers(results, references, family, size) -> None:
+    _, expected, _ = references[family]
+    by_advantage = {
+        round(trajectory.advantage, 5): scores
+        for trajectory, scores in zip(trajectories(), expected, strict=True)
+    }
+    seen = set()
+    for rank in _result(results, family, size):
+        for advantage, scores in rank["scores"]:
+            seen.add(round(advantage, 5))
+            assert scores == pytest.approx(by_advantage[round(advantage, 5)], abs=1e-5)
+    assert seen == by_advantage.keys()
+
+
+@pytest.mark.distributed
+@_cases()
+def test_generation_is_the_same_everywhere_and_has_no_gap(results, family, size) -> None:
+    first = _result(results, family, LAYOUTS[0])[0]
+    for rank in _result(results, family, size):
+        assert rank["greedy"] == first["greedy"]
+        assert rank["drawn"] == first["drawn"]
+        # The trainer's log-probs of a fresh batch: the same bits, on this processor at least.
+        assert rank["gap"] <= 1e-5
+        for ids, reason in zip(rank["drawn"], rank["reasons"], strict=True):
+            assert (reason == "stop") == (ids[-1] in (2, 9))
+            assert not {2, 9} & set(ids[:-1])
+            assert len(ids) == GREEDY_TOKENS or reason == "stop"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("family", "tie"), MODELS)
+def test_greedy_generation_is_that_of_transformers(results, family: str, tie: bool) -> None:
+    model = tiny_model(family, tie=tie)
+    greedy = _result(results, family, LAYOUTS[0])[0]["greedy"]
+    for trajectory, ids in zip(trajectories(), greedy, strict=True):
+        prompt = trajectory.rollout.prompt.token_ids
+        out = model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            max_new_tokens=GREEDY_TOKENS,
+            do_sample=False,
+            eos_token_id=[2, 9],
+            pad_token_id=0,
+        )
+        assert out[0, len(prompt) :].tolist() == ids
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", LAYOUTS, ids=lambda value: "-".join(map(str, value)))
+def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(results, size) -> None:
+    for rank in _result(results, "qwen3", size):
+        poisoned = rank["poisoned"]
+        assert poisoned["skipped"] and poisoned["unchanged"]
+        assert poisoned["version"] == 1  # the first update counts, the skipped one does not
+        assert not poisoned["next_skipped"]
+        assert math.isfinite(poisoned["next_loss"])
