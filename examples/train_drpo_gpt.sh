@@ -6,31 +6,13 @@
 #     bash examples/train_drpo_gpt.sh [flags]
 # needs a shell. To a shell the line above is the command `:`, which does nothing, and `exec` below
 # ends the script; to Python all this, down to the closing quotes, is a docstring.
-#
-# Environment: PYTHON (python3); NPROC_PER_NODE, also GPUS_PER_NODE (this node's GPUs, or 2 without
-# one); for several nodes NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT (29500).
-set -eu
-PYTHON="${PYTHON:-python3}"
-count="import torch; print(torch.cuda.device_count() or 2)"
-ranks="${NPROC_PER_NODE:-${GPUS_PER_NODE:-$("$PYTHON" -c "$count")}}" || {
-    echo "error: $PYTHON has no torch; run: make env, then: . .venv/bin/activate" >&2
-    exit 2
-}
-if [ "${NNODES:-1}" = 1 ]; then
-    nodes="--standalone"
-else
-    nodes="--nnodes $NNODES --node-rank $NODE_RANK --master-addr $MASTER_ADDR"
-    nodes="$nodes --master-port ${MASTER_PORT:-29500}"
-fi
-# On a CPU the threads of several ranks would wait for each other by spinning.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# shellcheck disable=SC2086  # $nodes is several words
-exec "$PYTHON" -m torch.distributed.run $nodes --nproc-per-node "$ranks" "$0" "$@"
+exec "${PYTHON:-python3}" "$0" "$@"
 : <<'# the end of the Python part'
 """
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from pathlib import Path
@@ -38,6 +20,51 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECIPE = CHECKOUT / "examples" / "recipes" / "arithmetic_cpu.yaml"
 BASE_MODEL = Path("build/base-model")  # as the recipe names it
+
+
+def torchrun_arguments(argv: list[str]) -> list[str]:
+    """What to tell torchrun, by the environment: NPROC_PER_NODE, also GPUS_PER_NODE (this node's
+    GPUs, or 2 without one); for several nodes NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT (29500).
+    """
+    env = os.environ
+    ranks = env.get("NPROC_PER_NODE") or env.get("GPUS_PER_NODE")
+    if not ranks:
+        import torch
+
+        ranks = str(torch.cuda.device_count() or 2)
+    where = ["--standalone"]
+    if env.get("NNODES", "1") != "1":
+        where = ["--nnodes", env["NNODES"], "--node-rank", env["NODE_RANK"]]
+        where += ["--master-addr", env["MASTER_ADDR"]]
+        where += ["--master-port", env.get("MASTER_PORT", "29500")]
+    return [*where, "--nproc-per-node", ranks, __file__, *argv]
+
+
+def launch(argv: list[str]) -> int:
+    """Start this file under torchrun; the exit status of the rank that failed first, or 0."""
+    # On a CPU the threads of several ranks would wait for each other by spinning.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import main
+    except ImportError:
+        print(
+            f"error: {sys.executable} has no torch; run: make env, then: . .venv/bin/activate",
+            file=sys.stderr,
+        )
+        return 2
+    # torchrun's log and traceback would bury what the failing rank has said.
+    for name in ("api", "errors.error_handler"):
+        log = logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}")
+        log.setLevel(logging.CRITICAL)
+    try:
+        main(torchrun_arguments(argv))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: rank {rank} was ended by {failure.signal_name()}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
 
 
 def with_recipe(argv: list[str]) -> list[str]:
@@ -60,6 +87,8 @@ def with_recipe(argv: list[str]) -> list[str]:
 
 # dist_checkpointing starts processes that import this file again, and those must not train.
 if __name__ == "__main__":
+    if "RANK" not in os.environ and not {"--help", "-h"} & set(sys.argv):
+        sys.exit(launch(sys.argv[1:]))
     sys.path.insert(0, str(CHECKOUT))
     from megatron_drpo import cli
 

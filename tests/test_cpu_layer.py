@@ -154,7 +154,7 @@ def _tiny_llama() -> Any:
 
 
 def _torch_names() -> dict[str, int]:
-    """Identity of everything in the parts of torch that megatron-core would like to be different."""
+    """Identity of everything in those parts of torch that megatron-core takes to be CUDA."""
     import torch.cuda.random
 
     owners = (torch, torch.cuda, torch.cuda.random, torch.Tensor, torch.nn.Module)

@@ -137,22 +137,28 @@ def test_a_python_without_torch_is_named_with_the_remedy(tmp_path: Path) -> None
     bare.chmod(0o755)
     done = run("bash", SCRIPT, PYTHON=str(bare))
     assert done.returncode == 2
-    assert "bare-python has no torch" in errors(done)[0] and "make env" in errors(done)[0]
+    assert "has no torch" in errors(done)[0] and "make env" in errors(done)[0]
 
 
 @pytest.mark.parametrize("nodes", ["1", "3"])
-def test_several_nodes_come_from_the_environment(tmp_path: Path, nodes: str) -> None:
-    echo = tmp_path / "echo-python"
-    echo.write_text('#!/bin/sh\necho "$@"\n')
-    echo.chmod(0o755)
-    done = run(
-        *("bash", SCRIPT, "--lr", "1 2"),
-        PYTHON=str(echo), GPUS_PER_NODE="8", NNODES=nodes, NODE_RANK="1", MASTER_ADDR="head",
-    )  # fmt: skip
+def test_several_nodes_come_from_the_environment(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, nodes: str
+) -> None:
+    environment = {"GPUS_PER_NODE": "8", "NNODES": nodes, "NODE_RANK": "1", "MASTER_ADDR": "head"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     where = "--nnodes 3 --node-rank 1 --master-addr head --master-port 29500"
     where = where if nodes == "3" else "--standalone"
-    expected = f"-m torch.distributed.run {where} --nproc-per-node 8 {SCRIPT} --lr 1 2\n"
-    assert done.stdout == expected
+    arguments = script.torchrun_arguments(["--lr", "1 2"])
+    assert arguments == [*where.split(), "--nproc-per-node", "8", str(SCRIPT), "--lr", "1 2"]
+
+
+@pytest.mark.distributed
+def test_bash_shows_a_users_error_alone() -> None:
+    done = run("bash", SCRIPT, "--hf-model", "m", "--lr", "fast", PYTHON=sys.executable)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line] == errors(done)
+    assert len(errors(done)) == 1 and "--lr" in errors(done)[0]
 
 
 @pytest.fixture

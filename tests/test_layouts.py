@@ -156,7 +156,7 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
     from megatron_drpo.checkpoint.hf import export_hf
     from megatron_drpo.mcore import parallel
 
-    for family, tie in MODELS:
+    for family, _ in MODELS:
         for size in LAYOUTS:
             config, layout, policy = _policy(root / family, size, rank)
             result: dict[str, object] = {}

@@ -1,7 +1,7 @@
 """Which training checkpoint a run continues from, and whether it may.
 
-In: a run's `checkpoints` directory and the configuration. Out: the newest complete checkpoint, or an
-error, before any long work and without Megatron; `mcore.state` then writes and reads the state.
+In: a run's `checkpoints` directory and the configuration. Out: the newest complete checkpoint, or
+an error, before any long work and without Megatron; `mcore.state` writes and reads the state.
 """
 
 from __future__ import annotations

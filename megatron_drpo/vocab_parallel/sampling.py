@@ -114,21 +114,19 @@ def _inverse_cdf(
     if size > 1:
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     cumulative = (z - top[:, None]).exp_().double().cumsum(-1)
-    before = torch.zeros_like(uniforms)
-    total = cumulative[:, -1].contiguous()
-    masses = [total]
+    mass = cumulative[:, -1].contiguous()
+    masses = [mass]
     if size > 1:
-        masses = [torch.empty_like(total) for _ in range(size)]
-        dist.all_gather(masses, total, group=group)
-        before = sum(masses[:rank], before)
-        total = sum(masses[1:], masses[0])
-    # The rank whose interval [before, before + mass) holds the goal owns the draw. Every rank adds
-    # the masses in the same order, so exactly one does; the last one with mass owns the end.
-    goal = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+        masses = [torch.empty_like(mass) for _ in range(size)]
+        dist.all_gather(masses, mass, group=group)
+    # The rank between whose edges the goal lies owns the draw. All ranks have the same edges, and a
+    # uniform below 1 stays below the last one, so exactly one rank does, and it has mass.
     edges = torch.stack(masses).cumsum(0)
-    owner = (edges <= goal).sum(0).clamp(max=size - 1)
+    goal = uniforms * edges[-1]
+    owner = (edges <= goal).sum(0)
+    before = edges[rank - 1] if rank else 0.0
     local = torch.searchsorted(cumulative, (goal - before)[:, None], right=True)[:, 0]
-    last = (cumulative < cumulative[:, -1:]).sum(-1)  # the last id with mass, against rounding
+    last = torch.searchsorted(cumulative, mass[:, None])[:, 0]  # with mass, against rounding
     ids = (torch.minimum(local, last) + start).where(owner == rank, 0)
     if size > 1:
         dist.all_reduce(ids, group=group)
