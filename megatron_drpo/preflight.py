@@ -233,6 +233,7 @@ def _read(
             max_length=architecture.max_position_embeddings,
             samples_per_prompt=rollout.rollout_samples_per_prompt,
         )
+        _check_rollouts(config, rollouts or (), problems)
     elif prompts:
         per_step, seed = rollout.rollout_prompts_per_step, config.train.seed
         shuffle = config.data.shuffle_prompts
@@ -241,6 +242,23 @@ def _read(
     if ends is None or device is None:
         return None
     return Inputs(device, architecture, tokenizer, ends, prompts, eval_prompts, rollouts)
+
+
+def _check_rollouts(
+    config: Config, rollouts: Sequence[tuple[Rollout, float | None]], problems: _Problems
+) -> None:
+    """A step takes each recorded group at most once; without rewards there must be answers."""
+    rollout = config.rollout
+    groups = len(rollouts) // rollout.rollout_samples_per_prompt
+    if rollouts and groups < rollout.rollout_prompts_per_step:
+        problems.add(
+            f"--rollout-prompts-per-step {rollout.rollout_prompts_per_step}: "
+            f"{rollout.rollouts_file} holds {groups} prompts, and a step takes each at most once; "
+            "lower it, or record more"
+        )
+    if any(reward is None for _, reward in rollouts):
+        recorded = [taken.prompt for taken, _ in rollouts]
+        problems.attempt(check_prompts, config.reward.reward, recorded)
 
 
 def _check_row_budget(

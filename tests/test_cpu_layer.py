@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_drpo.mcore import cpu
-
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(
@@ -59,8 +57,16 @@ def wait():
 
 
 @pytest.fixture
+def cpu() -> types.ModuleType:
+    """Not imported at the top: importing it installs the layer, and this file is also a program."""
+    from megatron_drpo.mcore import cpu
+
+    return cpu
+
+
+@pytest.fixture
 def load(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cpu: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., types.ModuleType]]:
     """Import SOURCE by a name, from a folder that joins the namespace package `megatron`."""
     cpu.install()
@@ -115,6 +121,7 @@ def test_tracebacks_show_the_source_as_it_is_written(
 @pytest.mark.parametrize("compiled", [False, True])
 def test_no_bytecode_is_written_or_read(
     load: Callable[..., types.ModuleType],
+    cpu: types.ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     compiled: bool,
 ) -> None:
@@ -128,14 +135,16 @@ def test_no_bytecode_is_written_or_read(
     assert not any(cpu._SHIM.encode() in file.read_bytes() for file in files)
 
 
-def test_second_install_changes_nothing() -> None:
+def test_second_install_changes_nothing(cpu: types.ModuleType) -> None:
     cpu.install()
     before = list(sys.meta_path)
     cpu.install()
     assert sys.meta_path == before
 
 
-def test_install_after_megatron_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_after_megatron_is_refused(
+    cpu: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if f is not cpu._Finder])
     monkeypatch.setitem(sys.modules, "megatron.core", types.ModuleType("megatron.core"))
     before = list(sys.meta_path)
@@ -198,23 +207,16 @@ def _train_megatron_once(directory: str) -> dict[str, Any]:
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
     loss = model(tokens, tokens, mask, labels=tokens).mean()
     loss.backward()
-    try:
-        GPTModel(config, None, 32, 16)
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        lines = Path(where.filename).read_text().splitlines()
-        shown = lines[where.lineno - 1].strip() == where.line
     torch.distributed.destroy_process_group()
+    gradients = [p.grad for p in model.parameters()]
     return {
         "loss": loss.item(),
-        "gradients": all(p.grad.isfinite().all() for p in model.parameters()),
-        "traceback": [where.filename, shown],
+        "gradients": all(g.isfinite().all() and g.any() for g in gradients),
     }
 
 
 def _observe(directory: str) -> dict[str, Any]:
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
+    assert "megatron_drpo" not in sys.modules
     seen: dict[str, Any] = {"hf_before": _hf_answers(directory)}
     names, bytecode = _torch_names(), _bytecode()
     import megatron_drpo.mcore  # noqa: F401  installs the layer
@@ -263,7 +265,6 @@ def test_torch_is_left_as_it_was(observed: dict[str, Any]) -> None:
 def test_megatron_itself_works_and_its_files_stay_as_installed(observed: dict[str, Any]) -> None:
     step = observed["megatron"]
     assert step["gradients"] and 2 < step["loss"] < 6  # about log(32) untrained
-    assert "megatron/core" in step["traceback"][0] and step["traceback"][1]
     assert not observed["bytecode_changed"]
 
 

@@ -182,6 +182,9 @@ def test_recorded_rollouts_are_read(flags: list[str]) -> None:
     )
     argv = [*flags, "--rollouts-file", "r.jsonl", "--prompts", "None"]
     Path("r.jsonl").write_text(line % (0, "-0.1") + line % (1, "-0.2"))
+    message = refused(ConfigError, argv)
+    assert "--rollout-prompts-per-step 4" in message and "holds 1 prompts" in message
+    argv += ["--rollout-prompts-per-step", "1", "--updates-per-rollout", "1"]
     inputs = check(argv)
     assert inputs.rollouts is not None
     assert [reward for _, reward in inputs.rollouts] == [1.0, 1.0]
@@ -190,6 +193,9 @@ def test_recorded_rollouts_are_read(flags: list[str]) -> None:
     assert "r.jsonl:2" in refused(DataError, argv)
     Path("r.jsonl").write_text(line % (0, "-0.1") + line % (1, "-0.2"))
     assert "at least 6" in refused(ConfigError, [*argv, "--max-tokens-per-microbatch", "5"])
+    bare = line.replace(', "reward": 1.0', "")
+    Path("r.jsonl").write_text(bare % (0, "-0.1") + bare % (1, "-0.2"))
+    assert "answer" in refused(DataError, argv)  # --reward exact has nothing to compare with
 
 
 def test_a_dry_run_tells_the_consequences_and_leaves_nothing(

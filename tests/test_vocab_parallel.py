@@ -55,7 +55,8 @@ def case(name: str) -> Case:
         case "padding":  # at TP 4, one shard with a single real id and one without any
             logits[20:] -= 1e4
             logits[:, 13:] = POISON
-            return Case(logits, targets % 13, vocab_size=13, temperature=1.3)
+            # A power of two: dividing 1e4 by any other temperature rounds by 5e-4.
+            return Case(logits, targets % 13, vocab_size=13, temperature=2.0)
         case "padding-bf16":
             logits[:, 13:] = POISON
             return Case(logits.bfloat16(), targets % 13, vocab_size=13)
