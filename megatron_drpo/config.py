@@ -256,7 +256,7 @@ class TrainConfig:
             train_iters=(self.train_iters >= 1, "at least 1"),
             updates_per_rollout=(self.updates_per_rollout >= 1, "at least 1"),
             max_tokens_per_microbatch=(self.max_tokens_per_microbatch >= 2, "at least 2"),
-            seed=(self.seed >= 0, "0 or more"),
+            seed=(0 <= self.seed < 1 << 31, "at least 0 and below 2^31"),
         )
 
 

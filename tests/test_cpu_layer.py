@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import py_compile
@@ -167,13 +168,14 @@ def _torch_names() -> dict[str, int]:
     import torch.cuda.random
 
     owners = (torch, torch.cuda, torch.cuda.random, torch.Tensor, torch.nn.Module)
-    return {
-        f"{owner.__name__}.{name}": id(value)
+    values = {
+        f"{owner.__name__}.{name}": inspect.getattr_static(owner, name)
         for owner in owners
-        for name, value in vars(owner).items()
-        # State that torch itself keeps there: lazy imports, and the seeds it holds for later.
-        if not isinstance(value, types.ModuleType | list | dict | bool | int)
+        for name in dir(owner)
     }
+    # State that torch itself keeps there: lazy imports, and the seeds it holds for later.
+    state = types.ModuleType | list | dict | bool | int
+    return {name: id(value) for name, value in values.items() if not isinstance(value, state)}
 
 
 def _bytecode() -> dict[str, int]:
