@@ -311,7 +311,7 @@ def _entries(architecture: Architecture) -> list[Entry]:
     ]
 
 
-def _unwrap(chunk: nn.Module) -> Any:
+def _unwrap(chunk: Any) -> Any:
     """The GPTModel inside DistributedDataParallel and Float16Module."""
     while hasattr(chunk, "module"):
         chunk = chunk.module

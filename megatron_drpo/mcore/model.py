@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -66,6 +67,7 @@ class PolicyModel(GPTModel):
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
+        assert rows is not None, "the last stage needs to know which logits are wanted"
         # Never fewer rows than MIN_ROWS in a GEMM (`mcore.attention`); none at all is fine too.
         missing = max(attention.MIN_ROWS - rows.numel(), 0)
         padded = torch.cat([rows, rows.new_zeros(missing)]) if missing else rows
@@ -128,7 +130,7 @@ def _layer_spec(architecture: Architecture, use_te: bool) -> ModuleSpec:
             qk_layernorm=architecture.qk_layernorm, normalization="RMSNorm"
         )
         core = attention.CoreAttention
-    spec = copy.deepcopy(spec)
+    spec: Any = copy.deepcopy(spec)
     spec.submodules.self_attention.submodules.core_attention = core
     return spec
 
@@ -158,7 +160,7 @@ def build_model(
         max_sequence_length=architecture.max_position_embeddings,
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=architecture.rotary_base,
+        rotary_base=architecture.rotary_base,  # type: ignore[arg-type]  # a float is as good
     )
     chunks = []
     for stage in range(layout.vp_size):

@@ -83,9 +83,11 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vp_size if vp_size > 1 else None,
-        distributed_timeout_minutes=minutes,
+        distributed_timeout_minutes=minutes,  # type: ignore[arg-type]  # a timedelta's minutes
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    control: Any = dist.new_group(backend="gloo", timeout=timeout)
+    groups: Any = parallel_state  # Megatron's annotations allow for ranks outside a group
     return Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -96,10 +98,10 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
         vp_size=vp_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        control_group=dist.new_group(backend="gloo", timeout=timeout),
+        tp_group=groups.get_tensor_model_parallel_group(),
+        pp_group=groups.get_pipeline_model_parallel_group(),
+        dp_group=groups.get_data_parallel_group(),
+        control_group=control,
         owns_world=owns_world,
     )
 

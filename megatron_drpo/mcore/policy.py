@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -88,7 +89,7 @@ class Policy:
 
     def _prepare_training(self) -> None:
         """Gradient buffers and optimizer; master weights are copied from the loaded weights."""
-        megatron_config = self.models[0].config
+        megatron_config: Any = self.models[0].config
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=self.config.optimizer.use_distributed_optimizer,
@@ -147,7 +148,7 @@ class Policy:
         if finite:
             clip = self.config.optimizer.clip_grad
             if clip > 0:
-                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip, grad_norm)
+                clip_grad_by_total_norm_fp32([*self.optimizer.get_parameters()], clip, grad_norm)
             self.optimizer.step_with_ready_grads()
             self.num_updates += 1
         self.scheduler.step(increment=1)
@@ -168,7 +169,8 @@ class Policy:
         iterators: list[Iterator[Row]] = [
             iter([to_device(row, device) for row in rows]) for _ in self.chunks
         ]
-        return get_forward_backward_func()(
+        schedule: Any = get_forward_backward_func()
+        return schedule(
             forward_step_func=partial(self._forward_step, loss_func),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],

@@ -14,14 +14,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_drpo.checkpoint.resume import LATEST, Progress, read_state
 from megatron_drpo.config import Config
@@ -45,11 +47,11 @@ def save_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed while saving
         staging.mkdir(parents=True)
     layout.barrier()
-    try:
+    with _reported(f"{staging}: saving failed; free or mend the disk, then --resume"):
+        if policy.num_updates == 0:
+            _make_optimizer_state(policy)
         dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(staging))
-    except CheckpointingException as error:
-        raise CheckpointError(f"{staging}: saving failed: {error}") from error
-    save_file(_random_states(), staging / f"random-{layout.rank:05d}.safetensors")
+        save_file(_random_states(), staging / f"random-{layout.rank:05d}.safetensors")
     if layout.rank == 0:
         state = {
             "progress": vars(progress),
@@ -68,7 +70,9 @@ def save_checkpoint(
         pointer.write_text(final.name, encoding="utf-8")
         pointer.replace(directory / LATEST)
         if keep:
-            for old in sorted(directory.glob("step-*"))[:-keep]:
+            # Later steps than this one are those of an abandoned future: not ours to delete.
+            past = sorted(old for old in directory.glob("step-*") if old.name <= final.name)
+            for old in past[:-keep]:
                 shutil.rmtree(old)
     layout.barrier()
     return final
@@ -77,21 +81,42 @@ def save_checkpoint(
 def load_checkpoint(path: Path, policy: Policy) -> Progress:
     """Put a checkpoint's state into `policy`; any layout can read any other's. Collective."""
     state = read_state(path)
+    damaged = (
+        f"{path}: cannot be loaded; write the name of an earlier checkpoint into "
+        f"{path.parent / LATEST}, or start again in another --output-dir"
+    )
     with torch.no_grad():
         sharded = _sharded_state(policy, is_loading=True)
-        try:
-            loaded = dist_checkpointing.load(sharded, str(path))
-        except CheckpointingException as error:
-            raise CheckpointError(f"{path}: loading failed: {error}") from error
+        with _reported(damaged):
+            loaded: Any = dist_checkpointing.load(sharded, str(path))
         for number, chunk in enumerate(policy.models):
             chunk.load_state_dict(loaded[f"model{number}"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.scheduler.load_state_dict(state["scheduler"])
     if state["world_size"] == policy.layout.world_size:
-        _set_random_states(load_file(path / f"random-{policy.layout.rank:05d}.safetensors"))
+        with _reported(damaged):
+            states = load_file(path / f"random-{policy.layout.rank:05d}.safetensors")
+        _set_random_states(states)
     progress = Progress(**state["progress"])
     policy.num_updates = progress.num_updates
     return progress
+
+
+@contextmanager
+def _reported(message: str) -> Iterator[None]:
+    """Whatever is raised inside, torch's and Megatron's own or the disk's, as a CheckpointError."""
+    try:
+        yield
+    # torch's CheckpointException is a BaseException.
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{message} ({type(error).__name__}: {error})") from error
+
+
+def _make_optimizer_state(policy: Policy) -> None:
+    """The moments of an optimizer that has made no update yet (each one was skipped): zeros."""
+    chained: Any = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    for optimizer in chained:
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
@@ -117,8 +142,8 @@ def _random_states() -> dict[str, Tensor]:
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
-    states |= {f"megatron.{name}": value for name, value in tracker.items()}
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+    states |= {f"megatron.{name}": value for name, value in tracker.get_states().items()}
     return {name: value.cpu().clone() for name, value in states.items()}
 
 
@@ -127,7 +152,8 @@ def _set_random_states(states: dict[str, Tensor]) -> None:
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
     prefix = "megatron."
-    tensor_parallel.get_cuda_rng_tracker().set_states(
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+    tracker.set_states(
         {name[len(prefix) :]: value for name, value in states.items() if name.startswith(prefix)}
     )
 
