@@ -109,7 +109,8 @@ def _reported(message: str) -> Iterator[None]:
         yield
     # torch's CheckpointException is a BaseException.
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{message} ({type(error).__name__}: {error})") from error
+        reason = (str(error).splitlines() or [""])[-1]  # before it may come whole tracebacks
+        raise CheckpointError(f"{message} ({type(error).__name__}: {reason})") from error
 
 
 def _make_optimizer_state(policy: Policy) -> None:
