@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def make_run(directory: Path) -> list[str]:
 def _train(rank: int, world_size: int, root: Path, flags: list[str]) -> None:
     """Runs that share one start of the processes; each is a whole `train.run`."""
     from megatron_drpo import cli
+    from megatron_drpo.errors import CheckpointError
 
     os.chdir(root)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
@@ -48,6 +50,9 @@ def _train(rank: int, world_size: int, root: Path, flags: list[str]) -> None:
         with open("resumed/metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": 4, "loss": 99.0}) + "\n")
         shutil.copytree("resumed", "other")
+        shutil.copytree("resumed", "unreadable")
+        for file in Path("unreadable/checkpoints").glob("*/metadata.json"):
+            file.unlink()
     dist.barrier()
     cli.start([*tp2, "--train-iters", "6", "--output-dir", "resumed", "--resume"])
     # Another layout continues too, with the same numbers but for rounding.
@@ -57,6 +62,10 @@ def _train(rank: int, world_size: int, root: Path, flags: list[str]) -> None:
     recorded = ["--rollouts-file", "straight/rollouts/step-000001.jsonl", "--train-iters", "1"]
     at = dp2.index("--prompts")
     cli.start([*dp2[:at], *dp2[at + 2 :], *recorded, "--output-dir", "replayed"])
+    # Last, because it leaves its process groups behind.
+    with pytest.raises(CheckpointError) as refused:
+        cli.start([*tp2, "--train-iters", "6", "--output-dir", "unreadable", "--resume"])
+    Path(f"unreadable-{rank}").write_text(str(refused.value))
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +111,15 @@ def test_a_checkpoint_continues_in_another_layout(runs: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_an_unreadable_checkpoint_is_named_with_both_versions(runs: Path) -> None:
+    ours = version("megatron-core")
+    for rank in (0, 1):
+        message = (runs / f"unreadable-{rank}").read_text()
+        assert "step-000003" in message
+        assert f"saved by megatron-core {ours}, cannot be loaded by {ours}" in message
+
+
+@pytest.mark.distributed
 def test_recorded_rollouts_replay_the_step_that_wrote_them(runs: Path) -> None:
     straight, replayed = logged(runs / "straight")[1], logged(runs / "replayed")[1]
     for name in ("reward/mean", "response_length/mean", "advantage/std"):
@@ -124,6 +142,8 @@ def test_the_program_as_torchrun_starts_it(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("device: cpu (gloo)") == 1  # said by one rank
+    for noise in ("warning:", "deprecated"):  # of megatron-core, about what users cannot mend
+        assert noise not in done.stderr.lower()
     assert "held-out" in done.stdout and "report:" in done.stdout
     out = tmp_path / "out"
     assert (out / "report.html").stat().st_size > 10_000

@@ -239,9 +239,12 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> types.CodeType:
         path = self.get_filename(fullname)
-        tree = ast.parse(self.get_data(path), path)
-        tree = ast.fix_missing_locations(_CudaToCpu().visit(tree))
-        return compile(tree, path, "exec", dont_inherit=True)
+        with warnings.catch_warnings():
+            # Python would say once what it thinks of megatron's source; here it would every time.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(self.get_data(path), path)
+            tree = ast.fix_missing_locations(_CudaToCpu().visit(tree))
+            return compile(tree, path, "exec", dont_inherit=True)
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__dict__[_SHIM] = CPU_CUDA

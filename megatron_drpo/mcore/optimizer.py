@@ -30,6 +30,7 @@ class PlainAdam(torch.optim.Optimizer):
         params: parameters or groups of them.
         lr, betas, eps, weight_decay: as in the paper.
         adam_w_mode: decoupled weight decay; the only mode here.
+        capturable: for CUDA graphs, asked about from megatron-core 0.17 on; False only.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class PlainAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         assert adam_w_mode, "PlainAdam decouples weight decay"
+        assert not capturable, "PlainAdam counts its steps on the host"
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from safetensors.torch import load_file, save_file
@@ -57,6 +58,7 @@ def save_checkpoint(
             "progress": vars(progress),
             "scheduler": policy.scheduler.state_dict(),
             "world_size": layout.world_size,
+            "megatron_core": megatron.core.__version__,
             "config": config.flat(),
         }
         (staging / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -82,13 +84,15 @@ def load_checkpoint(path: Path, policy: Policy) -> Progress:
     """Put a checkpoint's state into `policy`; any layout can read any other's. Collective."""
     state = read_state(path)
     damaged = (
-        f"{path}: cannot be loaded; write the name of an earlier checkpoint into "
-        f"{path.parent / LATEST}, or start again in another --output-dir"
+        f"{path}: saved by megatron-core {state['megatron_core']}, cannot be loaded by "
+        f"{megatron.core.__version__}; use no older megatron-core than that, write the name of an "
+        f"earlier checkpoint into {path.parent / LATEST}, or start again in another --output-dir"
     )
     with torch.no_grad():
         sharded = _sharded_state(policy, is_loading=True)
         with _reported(damaged):
-            loaded: Any = dist_checkpointing.load(sharded, str(path))
+            # A Path: 0.16 wants one to say that it cannot read what 0.19 has written.
+            loaded: Any = dist_checkpointing.load(sharded, path)  # type: ignore[arg-type]
         for number, chunk in enumerate(policy.models):
             chunk.load_state_dict(loaded[f"model{number}"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
