@@ -25,12 +25,10 @@ SCRIPT = ROOT / "examples" / "train_drpo_gpt.sh"
 def run(
     *command: str | Path, cwd: Path = ROOT, timeout: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user would, without what an outer torchrun may have left behind."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHON")
-    }
+    """Run a command as a user would, without what an outer torchrun or make leaves behind."""
+    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHON")
+    outer += ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    inherited = {name: value for name, value in os.environ.items() if name not in outer}
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
