@@ -55,8 +55,15 @@ _UNUSED = (
     (
         "rollouts_file",
         lambda config: config.rollout.rollouts_file is not None,
-        ("shuffle_prompts",),
-        "is not used with --rollouts-file, which is taken in its own order; drop it",
+        ("shuffle_prompts", "max_engine_gap"),
+        "is not used with --rollouts-file, which is taken as it is and in its own order; drop it",
+    ),
+    (
+        "rollouts_file",
+        lambda config: config.rollout.rollouts_file and not config.data.eval_prompts,
+        ("apply_chat_template", "rollout_stop_ids", "rollout_max_slots"),
+        "is not used with --rollouts-file and without --eval-prompts, as nothing is generated; "
+        "drop it",
     ),
 )
 """(flag that decides, when it does, flags that then do nothing, what to say about each)."""
@@ -85,7 +92,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Options]:
     except ConfigError as error:
         lines = [_with_origin(line, origin) for line in str(error).splitlines()]
         raise ConfigError("\n".join(lines)) from None
-    return config, raw.options
+    return config, raw.start
 
 
 _DESCRIPTION = (
@@ -206,7 +213,7 @@ def _arguments() -> type:
         methods = {"__post_init__": lambda self: None, "__doc__": group.__doc__}
         return type(group.__name__, (group,), methods)
 
-    groups = {"options": Options} | {name: unchecked(kind) for name, kind in _GROUPS.items()}
+    groups = {"start": Options} | {name: unchecked(kind) for name, kind in _GROUPS.items()}
     return dataclasses.make_dataclass(
         "Arguments",
         [(name, kind, dataclasses.field(default_factory=kind)) for name, kind in groups.items()],

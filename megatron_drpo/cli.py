@@ -6,6 +6,7 @@ where something is to be mended, messages on one rank.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -20,7 +21,16 @@ from megatron_drpo.errors import ConfigError, DrpoError
 USAGE_ERROR = 2
 """Exit status when the user has something to mend."""
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
 _GRACE_SECONDS = 2.0
+
+_RANK_0_SECONDS = 10.0
+"""By how much rank 0 may be later than another rank to find the same problem; imports alone can
+differ by seconds on a busy machine."""
 
 
 def main() -> int:
@@ -29,7 +39,8 @@ def main() -> int:
 
 
 def exit_status(call: Callable[[], None]) -> int:
-    """0 once `call` returned; `USAGE_ERROR`, after a message, if it raised an error of the user's.
+    """0 once `call` returned; `USAGE_ERROR`, after a message, if it raised an error of the user's;
+    `INTERRUPTED` after Ctrl-C.
 
     Any other exception passes with its traceback: a defect of the program or, in a run of several
     ranks, the echo of a rank that is gone. An echo is cut short: torchrun ends this rank while it
@@ -40,6 +51,10 @@ def exit_status(call: Callable[[], None]) -> int:
     except DrpoError as error:
         _report(error)
         return USAGE_ERROR
+    except KeyboardInterrupt:  # all ranks got it
+        if _rank() == 0:
+            print("error: interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except Exception:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(_GRACE_SECONDS)
@@ -67,7 +82,15 @@ def start(argv: Sequence[str]) -> None:
     else:
         from megatron_drpo import train
 
-        train.run(config, inputs)
+        try:
+            train.run(config, inputs)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            raise DrpoError(
+                f"--output-dir {config.output.output_dir}: {error.strerror}; free or mend the "
+                "disk, then continue with --resume if there is a checkpoint"
+            ) from error
 
 
 def _rank() -> int:
@@ -96,7 +119,7 @@ def _report(error: DrpoError) -> None:
     """
     rank, where = _rank(), ""
     if rank:
-        time.sleep(_GRACE_SECONDS + int(os.environ.get("LOCAL_RANK", "0")))
+        time.sleep(_RANK_0_SECONDS + int(os.environ.get("LOCAL_RANK", "0")))
         where = f" on rank {rank}"
     message = "\n".join(f"error{where}: {line}" for line in str(error).splitlines())
     print(message, file=sys.stderr, flush=True)

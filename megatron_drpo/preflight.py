@@ -71,7 +71,8 @@ class _Problems:
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
-            raise ConfigError("\n".join(str(error) for error in self.errors))
+            # Once, what two flags lead to: one file as --prompts and --eval-prompts.
+            raise ConfigError("\n".join(dict.fromkeys(map(str, self.errors))))
 
 
 def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
@@ -157,7 +158,8 @@ def _check_against_model(config: Config, architecture: Architecture, problems: _
         problems.add(
             f"--pipeline-model-parallel-size {pp} --num-virtual-stages-per-pipeline-rank "
             f"{virtual}: their product {pp * virtual} must divide num_layers "
-            f"{architecture.num_layers} of the model (config.json)"
+            f"{architecture.num_layers} of the model (config.json); use products among "
+            + ", ".join(map(str, _divisors(architecture.num_layers)))
         )
     response, context = (
         config.rollout.rollout_max_response_length,
@@ -168,6 +170,10 @@ def _check_against_model(config: Config, architecture: Architecture, problems: _
             f"--rollout-max-response-length {response}: leaves no room for a prompt in the model's "
             f"max_position_embeddings {context}; use at most {context - 1}, less the longest prompt"
         )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _check_output_directory(config: Config, problems: _Problems) -> None:
@@ -191,10 +197,20 @@ def _check_output_directory(config: Config, problems: _Problems) -> None:
         )
     if config.output.resume and checkpoint:
         problems.attempt(check_same_run, checkpoint, config)
+        _check_steps_left(config, checkpoint, problems)
     if config.output.resume and not (output / "checkpoints" / LATEST).exists():
         problems.add(
             f"--resume: there are no checkpoints in {output / 'checkpoints'}; drop it to start "
             "anew, or name the earlier run's --output-dir"
+        )
+
+
+def _check_steps_left(config: Config, checkpoint: Path, problems: _Problems) -> None:
+    """A run that is complete may be resumed, for its export and report; one beyond it may not."""
+    done, steps = int(checkpoint.name.rpartition("-")[2]), config.train.train_iters
+    if steps < done:
+        problems.add(
+            f"--train-iters {steps}: {checkpoint} has {done} steps already; use at least {done}"
         )
 
 

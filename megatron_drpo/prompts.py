@@ -63,7 +63,7 @@ def read_jsonl(
                 value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"malformed JSON: {error.msg} at column {error.colno}; "
+                    f"malformed JSON in column {error.colno}: {error.msg}; "
                     "each line must be one JSON object"
                 ) from error
             except ValueError as error:  # not UTF-8, or an absurdly long integer
@@ -175,13 +175,15 @@ def _encode(
         )
     except jinja2.TemplateError as error:
         raise DataError(f"the tokenizer's chat template refuses `prompt`: {error}") from error
-    return text, tokenizer(text, add_special_tokens=False).input_ids
+    return text, tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     bos, eos = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
     # A second BOS, or an end before the response begins, is a prompt the model has never seen.
-    ids = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+    special = not (bos and text.startswith(bos))
+    # Not verbose: `read_prompts` has its own words, with the line, for a prompt that is too long.
+    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos):
         ids = ids[:-1]
     if not ids:
@@ -271,6 +273,12 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenize
             f"--hf-model {directory}: no usable tokenizer there (tokenizer.json and "
             f"tokenizer_config.json): {error}"
         ) from error
+    # Without any of its files, transformers makes up one that knows special tokens only.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise DataError(
+            f"--hf-model {directory}: no usable tokenizer there (tokenizer.json or a SentencePiece "
+            "tokenizer.model); copy the files of the model's tokenizer into it"
+        )
     largest = _largest_id(tokenizer)
     if largest >= vocab_size:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -148,6 +149,11 @@ def test_flags_without_effect_are_refused(tmp_path: Path) -> None:
     assert "--eval-prompts" in refused(*NEEDED, "--eval-interval", "3")[0]
     lines = refused("--hf-model", "m", "--rollouts-file", "r.jsonl", "--shuffle-prompts")
     assert len(lines) == 1 and lines[0].startswith("--shuffle-prompts")
+    recorded = ["--hf-model", "m", "--rollouts-file", "r.jsonl"]
+    idle = ["--rollout-max-slots", "9", "--rollout-stop-ids", "3", "--apply-chat-template"]
+    lines = refused(*recorded, *idle, "--max-engine-gap", "0.1")
+    assert len(lines) == 4 and all("--rollouts-file" in line for line in lines)
+    parse([*recorded, *idle, "--eval-prompts", "e.jsonl"])  # evaluation does generate
     # A recipe's keys may be left idle by the command line, since they cannot be taken back.
     file = yaml_file(tmp_path, "eval-prompts: e.jsonl\neval-interval: 3\n")
     config, _ = parse([*NEEDED, "--config", file, "--eval-prompts", "None"])
@@ -186,6 +192,41 @@ def test_a_users_error_is_printed_line_by_line_and_gives_status_2(
     assert capsys.readouterr().err == "error: p.jsonl:3: malformed\nerror: p.jsonl:5: empty\n"
 
 
+@pytest.mark.parametrize(("rank", "said"), [("0", "error: interrupted\n"), ("1", "")])
+def test_ctrl_c_ends_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str, said: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert cli.exit_status(interrupted) == 130
+    assert capsys.readouterr().err == said
+
+
+def test_a_full_disk_is_the_users_and_other_failures_are_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_with(number: int) -> None:
+        def run(config: Config, inputs: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("megatron_drpo.train.run", run)
+
+    monkeypatch.setattr("megatron_drpo.preflight.preflight", lambda *args: None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    argv = [*NEEDED, "--output-dir", "runs/mine"]
+    fails_with(errno.ENOSPC)
+    assert cli.exit_status(lambda: cli.start(argv)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --output-dir runs/mine: No space left on device; ")
+    fails_with(errno.ECONNRESET)  # of another rank that is gone
+    with pytest.raises(ConnectionResetError):
+        cli.exit_status(lambda: cli.start(argv))
+
+
 def test_a_rank_other_than_0_speaks_only_after_waiting_for_rank_0(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +239,7 @@ def test_a_rank_other_than_0_speaks_only_after_waiting_for_rank_0(
         raise ConfigError("--lr: wrong here")
 
     assert cli.exit_status(fail) == 2
-    assert waits == [3.0]
+    assert waits == [11.0]
     assert capsys.readouterr().err == "error on rank 5: --lr: wrong here\n"
 
 

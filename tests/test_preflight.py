@@ -84,7 +84,7 @@ def test_layouts_that_fit_pass(flags: list[str], world_size: int) -> None:
         (["--tensor-model-parallel-size", "2"], 3, ["size 2", "are 3", "--nproc-per-node 2"]),
         (["--tensor-model-parallel-size", "3"], 3, ["heads 8", "groups 4", "ffn_hidden_size 40"]),
         (["--tensor-model-parallel-size", "8"], 8, ["num_query_groups 4", "use one of 1, 2, 4"]),
-        (["--pipeline-model-parallel-size", "3"], 3, ["num_layers 4", "product 3"]),
+        (["--pipeline-model-parallel-size", "3"], 3, ["layers 4", "product 3", "among 1, 2, 4"]),
         (
             ["--pipeline-model-parallel-size", "2"]
             + ["--num-virtual-stages-per-pipeline-rank", "3"],
@@ -144,8 +144,13 @@ def test_an_output_directory_must_be_new_or_resumed(flags: list[str]) -> None:
     (checkpoints / "step-000001" / "state.json").write_text(json.dumps(state))
     assert "--resume" in refused(ConfigError, flags)
     check([*flags, "--resume", "--train-iters", "9"])
+    check([*flags, "--resume", "--train-iters", "1"])
     message = refused(CheckpointError, [*flags, "--resume", "--lr", "0.5"])
     assert "--lr" in message and "1e-06" in message and "0.5" in message
+    (checkpoints / "step-000001").rename(checkpoints / "step-000003")
+    (checkpoints / "latest").write_text("step-000003")
+    message = refused(ConfigError, [*flags, "--resume"])
+    assert "--train-iters 2" in message and "3 steps already" in message
 
 
 def test_an_output_directory_must_be_writable(flags: list[str]) -> None:
@@ -172,6 +177,12 @@ def test_all_problems_come_at_once(flags: list[str]) -> None:
     )
     for part in ("multiple of 3", "heads 8", "nothing", "/proc", "gone.jsonl", "--resume"):
         assert part in message
+
+
+def test_a_file_that_two_flags_name_is_complained_of_once(flags: list[str]) -> None:
+    Path("bad.jsonl").write_text('{"prompt": \n')
+    argv = [*flags, "--prompts", "bad.jsonl", "--eval-prompts", "bad.jsonl"]
+    assert refused(ConfigError, argv).count("bad.jsonl:1") == 1
 
 
 def test_recorded_rollouts_are_read(flags: list[str]) -> None:

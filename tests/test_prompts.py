@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,20 @@ def test_ten_problems_are_listed_and_the_rest_is_counted(tmp_path):
     assert len(lines) == 11 and lines[9].startswith(f"{path}:10: ") and "4 more" in lines[10]
 
 
+def test_only_this_program_speaks_of_a_prompt_that_is_too_long(tmp_path, caplog):
+    tokenizer = make_tokenizer(template=TEMPLATE)
+    tokenizer.model_max_length = 20  # transformers would warn beyond it
+    path = write(tmp_path / "p.jsonl", {"prompt": "a" * 40})
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        for chat in (False, True):
+            with pytest.raises(DataError):
+                read(path, tokenizer, chat=chat)
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert not caplog.records
+
+
 def test_a_prompt_that_just_fits_is_accepted(tmp_path):
     path = write(tmp_path / "p.jsonl", {"prompt": "a" * 30})
     assert read(path, room=30)[0].token_ids.numel() == 30
@@ -230,6 +245,13 @@ def test_missing_or_damaged_tokenizer_names_the_directory(tmp_path):
     (directory / "tokenizer.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=str(directory)):
         load_tokenizer(directory, 100)
+
+
+def test_a_model_without_tokenizer_files_is_refused(tmp_path):
+    config = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=rf"{tmp_path}.*no usable tokenizer.*tokenizer\.json"):
+        load_tokenizer(tmp_path, 100)
 
 
 @pytest.mark.parametrize(

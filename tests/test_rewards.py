@@ -184,6 +184,27 @@ def test_an_exception_names_the_reward_the_prompt_and_the_sample():
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_an_error_says_where_in_the_users_code_it_was_raised(module, tmp_path):
+    name = module("import json\ndef bad(r):\n    return json.loads(r.response)\n")
+    with pytest.raises(RewardError) as caught:
+        score(load_reward(f"{name}:bad"), f"{name}:bad", [rollout("{")], 5.0)
+    assert "JSONDecodeError: Expecting property name" in str(caught.value)
+    assert f"({tmp_path / name}.py:3)" in str(caught.value)
+
+
+@pytest.mark.parametrize("status", ["", "0", "3"])
+def test_a_reward_that_exits_does_not_end_the_run_in_silence(module, status):
+    name = module(f"import sys\ndef quits(r):\n    sys.exit({status})\n")
+    with pytest.raises(RewardError, match=r"sample 3: raised SystemExit.*\.py:3"):
+        score(load_reward(f"{name}:quits"), f"{name}:quits", [rollout()], 5.0)
+
+
+def test_a_module_that_exits_when_imported_is_refused(module):
+    name = module("import sys\n\nsys.exit(3)\n")
+    with pytest.raises(RewardError, match=rf"--reward {name}:f: .*SystemExit: 3.*\.py:3"):
+        load_reward(f"{name}:f")
+
+
 def sleeping(r: RewardRequest) -> float:
     time.sleep(30)
     return 1.0

@@ -19,7 +19,9 @@ import numbers
 import os
 import signal
 import sys
+import sysconfig
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -79,13 +81,13 @@ def load_reward(name: str) -> Reward:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name in _parents(module_name):
             raise RewardError(
                 f"--reward {name}: no module {error.name!r} in {os.getcwd()} or on PYTHONPATH"
             ) from error
         raise RewardError(
-            f"--reward {name}: importing {module_name} raised {type(error).__name__}: {error}"
+            f"--reward {name}: importing {module_name} raised {_described(error)}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -97,6 +99,21 @@ def load_reward(name: str) -> Reward:
     if inspect.iscoroutinefunction(function):
         raise RewardError(f"--reward {name}: is async; give a plain function of one request")
     return cast(Reward, function)
+
+
+def _described(error: BaseException) -> str:
+    """An error of the user's code, and where in it: `KeyError: 'x' (my_rewards.py:3)`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
+    place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+_NOT_THEIRS = (
+    os.path.dirname(os.path.dirname(__file__)) + os.sep,  # this package
+    *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")),
+    "<frozen",
+)
 
 
 def _parents(module_name: str) -> set[str]:
@@ -163,8 +180,8 @@ def _score_one(reward: Reward, name: str, rollout: Rollout, timeout_seconds: flo
             f"{where}: took longer than --reward-timeout-seconds {timeout_seconds:g}; "
             "make the reward faster, or raise the limit"
         ) from error
-    except Exception as error:
-        raise RewardError(f"{where}: raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # an exit would look like the end of the run
+        raise RewardError(f"{where}: raised {_described(error)}") from error
     number = math.nan
     if isinstance(value, numbers.Real | np.bool_):
         with contextlib.suppress(OverflowError):  # an integer beyond fp64
