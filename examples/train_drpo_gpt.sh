@@ -45,6 +45,7 @@ def launch(argv: list[str]) -> int:
     # On a CPU the threads of several ranks would wait for each other by spinning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.run import main
     except ImportError:
@@ -54,16 +55,19 @@ def launch(argv: list[str]) -> int:
         )
         return 2
     # torchrun's log and traceback would bury what the failing rank has said.
-    for name in ("api", "errors.error_handler"):
-        log = logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}")
-        log.setLevel(logging.CRITICAL)
+    for name in ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
         main(torchrun_arguments(argv))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            print(f"error: rank {rank} was ended by {failure.signal_name()}", file=sys.stderr)
+            ended = f"error: rank {rank} was ended by {failure.signal_name()}"
+            print(f"{ended} (SIGKILL often means: out of memory)", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as stop:  # Ctrl-C, or a scheduler's SIGTERM; the ranks have ended
+        print(f"error: ended by {stop.sigval.name}", file=sys.stderr)
+        return 128 + stop.sigval
     return 0
 
 

@@ -89,7 +89,7 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
     if rank == 0:
         _check_output_directory(config, problems)
     problems.attempt(load_reward, config.reward.reward)
-    architecture = problems.attempt(read_architecture, config.model.hf_model)
+    architecture = _architecture(config.model.hf_model, problems)
     inputs = None
     if architecture is not None:
         _check_against_model(config, architecture, problems)
@@ -99,6 +99,16 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
     problems.raise_all()
     assert inputs is not None, "without a problem, everything was read"
     return inputs
+
+
+def _architecture(model: str, problems: _Problems) -> Architecture | None:
+    if not Path(model).is_dir():
+        problems.add(
+            f"--hf-model {model}: no such directory; give one on this machine (a model of the hub "
+            "has to be downloaded first: hf download)"
+        )
+        return None
+    return problems.attempt(read_architecture, model)
 
 
 def _check_layout(config: Config, world_size: int, problems: _Problems) -> None:

@@ -140,7 +140,8 @@ def test_an_output_directory_must_be_new_or_resumed(flags: list[str]) -> None:
     (checkpoints / "latest").write_text("step-000001")
     assert "not a complete checkpoint" in refused(CheckpointError, flags)
     (checkpoints / "step-000001").mkdir()
-    state = {"config": parse(flags)[0].flat()}
+    fields = ("progress", "scheduler", "world_size", "megatron_core", "files")
+    state = dict.fromkeys(fields) | {"config": parse(flags)[0].flat()}
     (checkpoints / "step-000001" / "state.json").write_text(json.dumps(state))
     assert "--resume" in refused(ConfigError, flags)
     check([*flags, "--resume", "--train-iters", "9"])

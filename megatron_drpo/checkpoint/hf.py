@@ -88,7 +88,7 @@ def load_hf(
 
     Raises:
         CheckpointError: as `verify_checkpoint`; or the model has a parameter that the architecture
-            does not know, lacks one, or has one of another shape.
+            does not know, lacks one, or has one of another shape; or a value is not finite.
     """
     stored = _verified(Path(directory), architecture)
     with ExitStack() as stack, torch.no_grad():
@@ -118,6 +118,11 @@ def load_hf(
                 raise CheckpointError(
                     f"{directory}: {sources[0][0]} and {sources[1][0]} differ, but config.json "
                     "ties them: remove one of them, or set tie_word_embeddings to false"
+                )
+            if not values[0].isfinite().all():
+                raise CheckpointError(
+                    f"{directory}: {', '.join(sources[0])} holds NaN or infinity; the model cannot "
+                    "be trained: take an undamaged checkpoint"
                 )
             parameter.copy_(values[0])
 
@@ -411,6 +416,10 @@ def _prepare(out: Path, temporary: Path, source: Path) -> None:
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors makes the file the writer's alone; who serves the model may be somebody else.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -6,6 +6,7 @@ an error, before any long work and without Megatron; `mcore.state` writes and re
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,9 @@ MAY_CHANGE = frozenset(
 """Settings that a resume may change: they do not change what is learned, only where and how long.
 (`train_iters` does with a decaying learning rate whose length it sets: see `check_same_run`.)"""
 
-LATEST = "latest"
+LATEST, STATE = "latest", "state.json"
+_FIELDS = frozenset({"progress", "scheduler", "world_size", "megatron_core", "files", "config"})
+"""What `state.json` holds."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def latest(directory: Path) -> Path | None:
     if not pointer.exists():
         return None
     path = directory / pointer.read_text(encoding="utf-8").strip()
-    if not (path / "state.json").is_file():
+    if not (path / STATE).is_file():
         raise CheckpointError(
             f"{pointer}: names {path.name}, which is not a complete checkpoint; write the name of "
             f"one that is into {pointer}, or start again in another --output-dir"
@@ -71,11 +74,50 @@ def latest(directory: Path) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint; raises CheckpointError if it cannot be read."""
+    """`state.json` of a checkpoint; CheckpointError if it cannot be read or lacks a field."""
+    file, remedy = path / STATE, f"write the name of another checkpoint into {path.parent / LATEST}"
     try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'state.json'}: cannot be read: {error}") from error
+        raise CheckpointError(f"{file}: cannot be read ({error}); {remedy}") from error
+    missing = _FIELDS - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise CheckpointError(f"{file}: lacks {', '.join(sorted(missing))}; {remedy}")
+    return state
+
+
+def digests(path: Path, rank: int, num_ranks: int) -> dict[str, str]:
+    """SHA-256 of this rank's share of a checkpoint's files, all but `state.json`, by name."""
+    names = sorted(file.name for file in path.iterdir() if file.name != STATE)
+    return {name: _digest(path / name) for name in names[rank::num_ranks]}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_files(path: Path, state: dict[str, Any], found: dict[str, str]) -> None:
+    """Compare a checkpoint's files with what `state.json` says was written.
+
+    Storage that flips a bit is not noticed by what reads the shards, and the run would go on with
+    other weights.
+
+    Args:
+        found: `digests` of all ranks together.
+
+    Raises:
+        CheckpointError: names each file that is missing or differs.
+    """
+    written = state["files"]
+    damaged = [
+        f"{path / name}: {'differs from what was saved' if name in found else 'is missing'}"
+        for name in sorted(written)
+        if found.get(name) != written[name]
+    ]
+    if damaged:
+        damaged[-1] += f"; write the name of another checkpoint into {path.parent / LATEST}"
+        raise CheckpointError("\n".join(damaged))
 
 
 def check_same_run(path: Path, config: Config) -> None:

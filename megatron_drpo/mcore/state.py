@@ -26,9 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_drpo.checkpoint.resume import LATEST, Progress, read_state
+from megatron_drpo.checkpoint.resume import (
+    LATEST,
+    STATE,
+    Progress,
+    check_files,
+    digests,
+    read_state,
+)
 from megatron_drpo.config import Config
 from megatron_drpo.errors import CheckpointError
+from megatron_drpo.mcore.parallel import Layout
 from megatron_drpo.mcore.policy import Policy
 
 
@@ -53,15 +61,18 @@ def save_checkpoint(
             _make_optimizer_state(policy)
         dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(staging))
         save_file(_random_states(), staging / f"random-{layout.rank:05d}.safetensors")
+    layout.barrier()
+    files = _all_digests(staging, layout)
     if layout.rank == 0:
         state = {
             "progress": vars(progress),
             "scheduler": policy.scheduler.state_dict(),
             "world_size": layout.world_size,
             "megatron_core": megatron.core.__version__,
+            "files": files,
             "config": config.flat(),
         }
-        (staging / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     layout.barrier()
     if layout.rank == 0:
         _sync(staging)
@@ -83,14 +94,15 @@ def save_checkpoint(
 def load_checkpoint(path: Path, policy: Policy) -> Progress:
     """Put a checkpoint's state into `policy`; any layout can read any other's. Collective."""
     state = read_state(path)
-    damaged = (
-        f"{path}: saved by megatron-core {state['megatron_core']}, cannot be loaded by "
-        f"{megatron.core.__version__}; use no older megatron-core than that, write the name of an "
-        f"earlier checkpoint into {path.parent / LATEST}, or start again in another --output-dir"
+    check_files(path, state, _all_digests(path, policy.layout))
+    unreadable = (
+        f"{path}: was saved by megatron-core {state['megatron_core']} and cannot be loaded by "
+        f"{megatron.core.__version__}; use no older megatron-core than that, or start again in "
+        "another --output-dir"
     )
     with torch.no_grad():
         sharded = _sharded_state(policy, is_loading=True)
-        with _reported(damaged):
+        with _reported(unreadable):
             # A Path: 0.16 wants one to say that it cannot read what 0.19 has written.
             loaded: Any = dist_checkpointing.load(sharded, path)  # type: ignore[arg-type]
         for number, chunk in enumerate(policy.models):
@@ -98,12 +110,18 @@ def load_checkpoint(path: Path, policy: Policy) -> Progress:
         policy.optimizer.load_state_dict(loaded["optimizer"])
     policy.scheduler.load_state_dict(state["scheduler"])
     if state["world_size"] == policy.layout.world_size:
-        with _reported(damaged):
+        with _reported(unreadable):
             states = load_file(path / f"random-{policy.layout.rank:05d}.safetensors")
         _set_random_states(states)
     progress = Progress(**state["progress"])
     policy.num_updates = progress.num_updates
     return progress
+
+
+def _all_digests(path: Path, layout: Layout) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint, the work shared out over the ranks."""
+    parts = layout.gather_objects(digests(path, layout.rank, layout.world_size))
+    return {name: digest for part in parts for name, digest in part.items()}
 
 
 @contextmanager
