@@ -117,7 +117,8 @@ def test_files_that_cannot_be_used_are_refused(flags: list[str]) -> None:
     assert "long.jsonl:1" in message and "57" in message and "56" in message
     Path("open.jsonl").write_text('{"prompt": "1+1="}\n')
     assert "answer" in refused(DataError, [*flags, "--eval-prompts", "open.jsonl"])
-    assert "gone" in refused(CheckpointError, [*flags, "--hf-model", "gone"])
+    message = refused(ConfigError, [*flags, "--hf-model", "gone"])
+    assert "--hf-model gone: no such directory" in message
     assert "nothing" in refused(RewardError, [*flags, "--reward", "nothing"])
 
 
