@@ -108,13 +108,12 @@ def _memory(config: Config, inputs: Inputs, world_size: int) -> list[str]:
         f"weights, {parameters:,} parameters": parameters * width,
         "gradients, fp32": parameters * 4,
         "optimizer state, fp32": state,
-        f"KV cache, {slots} slots of {_longest(config, inputs)} tokens": (
-            slots * _longest(config, inputs) * per_token
-        ),
-        f"logits of one row of {budget} tokens, fp32": budget * architecture.vocab_size // tp * 4,
     }
-    if inputs.rollouts is not None and not inputs.eval_prompts:
-        parts = {name: size for name, size in parts.items() if not name.startswith("KV")}
+    if inputs.rollouts is None or inputs.eval_prompts:  # something is generated
+        longest = _longest(config, inputs)
+        parts[f"KV cache, {slots} slots of {longest} tokens"] = slots * longest * per_token
+    logits = budget * architecture.vocab_size // tp * 4
+    parts[f"logits of one row of {budget} tokens, fp32"] = logits
     parts["together"] = sum(parts.values())
     return [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in parts.items()]
 

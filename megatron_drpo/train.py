@@ -38,14 +38,14 @@ from megatron_drpo.metrics import (
     trust_region_statistics,
     write_atomically,
 )
-from megatron_drpo.packing import pack, split_updates
+from megatron_drpo.packing import split_updates
 from megatron_drpo.preflight import Inputs
 from megatron_drpo.prompts import PromptSampler
 from megatron_drpo.report import write_report
 from megatron_drpo.rollout.engine import Completion, Request, Sampling
 from megatron_drpo.rollout.files import write_rollouts
 from megatron_drpo.rollout.inprocess import InProcessEngine
-from megatron_drpo.types import Prompt, Rollout, Row, Trajectory
+from megatron_drpo.types import Prompt, Rollout, Trajectory
 
 _EVAL_STREAM = 1 << 40
 """Evaluation draws from streams of its own, the same ones each time."""
@@ -168,7 +168,6 @@ class _Run:
         trajectories = make_trajectories(rollouts, values, samples, config.advantage)
         if config.rollout.save_rollouts and self.main:
             path = self.directory / "rollouts" / f"step-{self.step + 1:06d}.jsonl"
-            path.parent.mkdir(exist_ok=True)
             write_rollouts(path, trajectories)
         scalars = rollout_statistics(trajectories)
         with self.timer.phase("score"):
@@ -271,11 +270,9 @@ class _Run:
             values = rewards.score(
                 self.reward, config.reward, rollouts, config.reward_timeout_seconds
             )
-            message = (self.layout.dp_rank, rollouts, values)
-        received = [part for part in self.layout.gather_objects(message) if part is not None]
-        received.sort(key=lambda part: part[0])
+            message = (rollouts, values)
         groups: dict[str, list[tuple[Rollout, float]]] = {}
-        for _, rollouts_, values_ in received:
+        for rollouts_, values_ in self.layout.gather_objects(message):
             for rollout, value in zip(rollouts_, values_, strict=True):
                 groups.setdefault(rollout.prompt.id, []).append((rollout, value))
         # By prompt id: an order that does not depend on how prompts were dealt to replicas.
@@ -284,22 +281,9 @@ class _Run:
 
     # The trainer's side.
 
-    def _pack(self, trajectories: Sequence[Trajectory]) -> list[Row]:
-        """This replica's rows of a batch; all replicas have equally many."""
-        layout, config = self.layout, self.config
-        return pack(
-            trajectories,
-            max_tokens=config.train.max_tokens_per_microbatch,
-            num_replicas=layout.dp_size,
-            # The interleaved schedule takes micro-batches in groups of the pipeline's size.
-            rows_multiple=layout.pp_size if layout.vp_size > 1 else 1,
-            aggregation=config.objective.loss_aggregation,
-            horizon=config.loss_token_horizon,
-        )[layout.dp_rank]
-
     def _score(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """The engine gap: behaviour log-probs against the trainer's, before any update."""
-        rows = self._pack(trajectories)
+        rows = self.policy.pack(trajectories)
         scores = self.policy.score(rows)
         pair = None
         if scores and self.layout.tp_rank == 0:
@@ -307,7 +291,7 @@ class _Run:
                 torch.cat([score.logprobs for score in scores]).cpu(),
                 torch.cat([row.behaviour_logprobs for row in rows]).cpu(),
             )
-        pairs = [pair for pair in self.layout.gather_objects(pair) if pair is not None]
+        pairs = self.layout.gather_objects(pair)
         gap = engine_gap_statistics(
             torch.cat([trainer for trainer, _ in pairs]),
             torch.cat([behaviour for _, behaviour in pairs]),
@@ -335,7 +319,7 @@ class _Run:
         )
         losses, updates, parts = [], [], []
         for share in shares:
-            loss, tokens = self.policy.forward_backward(self._pack(share))
+            loss, tokens = self.policy.forward_backward(self.policy.pack(share))
             updates.append(self.policy.optim_step())
             losses.append(loss)
             if tokens is not None:
@@ -344,7 +328,7 @@ class _Run:
         message = None
         if parts and self.layout.tp_rank == 0:
             message = TokenDiagnostics.cat(parts).cpu()
-        received = [part for part in self.layout.gather_objects(message) if part is not None]
+        received = self.layout.gather_objects(message)
         norms = [update.grad_norm for update in updates]
         scalars = {
             # Each update has a loss and a norm of its own: these are means over the updates.

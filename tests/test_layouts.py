@@ -110,20 +110,7 @@ def _policy(source: Path, layout_size, rank: int):
     )
     device = Device("cpu", "gloo", rank, "test")
     layout = parallel.initialize(config.parallel, device, seed=1)
-    return config, layout, Policy.load(config, read_architecture(source), layout, device)
-
-
-def _rows(config, layout, batch):
-    from megatron_drpo.packing import pack
-
-    return pack(
-        batch,
-        max_tokens=config.train.max_tokens_per_microbatch,
-        num_replicas=layout.dp_size,
-        rows_multiple=layout.pp_size if layout.vp_size > 1 else 1,
-        aggregation=config.objective.loss_aggregation,
-        horizon=config.loss_token_horizon,
-    )[layout.dp_rank]
+    return layout, Policy.load(config, read_architecture(source), layout, device)
 
 
 def _sample(policy, *, temperature: float, slots: int):
@@ -158,21 +145,21 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
 
     for family, _ in MODELS:
         for size in LAYOUTS:
-            config, layout, policy = _policy(root / family, size, rank)
+            layout, policy = _policy(root / family, size, rank)
             result: dict[str, object] = {}
             greedy = _sample(policy, temperature=0.0, slots=5)
             drawn = _sample(policy, temperature=TEMPERATURE, slots=5)
             result["greedy"] = [c.response_ids.tolist() for c in greedy]
             result["drawn"] = [c.response_ids.tolist() for c in drawn]
             result["reasons"] = [c.finish_reason for c in drawn]
-            rows = _rows(config, layout, _fresh_trajectories(drawn))
+            rows = policy.pack(_fresh_trajectories(drawn))
             gaps = [
                 (score.logprobs - row.behaviour_logprobs).abs().max().item()
                 for score, row in zip(policy.score(rows), rows, strict=False)
                 if row.targets.numel()
             ]
             result["gap"] = max(gaps, default=0.0)
-            rows = _rows(config, layout, trajectories())
+            rows = policy.pack(trajectories())
             result["scores"] = [
                 # Sequences by the advantage, which tells them apart in any order of packing.
                 [
@@ -196,24 +183,24 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
                 dp_rank=layout.dp_rank,
             )
             if family == "qwen3":
-                result["poisoned"] = _poison(config, layout, policy)
+                result["poisoned"] = _poison(policy)
             everyone = layout.gather_objects(result)
             if rank == 0:
                 (root / f"{name}.json").write_text(json.dumps(everyone))
             parallel.destroy(layout)
 
 
-def _poison(config, layout, policy) -> dict[str, object]:
+def _poison(policy) -> dict[str, object]:
     """An infinite advantage on one replica only: what the update then does, and the next one."""
     batch = trajectories()
     bad = [replace(batch[0], advantage=math.inf), *batch[1:]]
     before = [p.detach().clone() for model in policy.models for p in model.parameters()]
-    policy.forward_backward(_rows(config, layout, bad))
+    policy.forward_backward(policy.pack(bad))
     update = policy.optim_step()
     after = [p.detach() for model in policy.models for p in model.parameters()]
     unchanged = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     version = policy.num_updates
-    loss, _ = policy.forward_backward(_rows(config, layout, batch))
+    loss, _ = policy.forward_backward(policy.pack(batch))
     return {
         "skipped": update.skipped,
         "unchanged": unchanged,

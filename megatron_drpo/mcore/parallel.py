@@ -32,7 +32,6 @@ class Layout:
     dp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
     """All ranks, gloo whatever the device: for objects and decisions."""
     owns_world: bool
@@ -49,10 +48,10 @@ class Layout:
         return self.pp_rank == self.pp_size - 1
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's `value` on every rank, in rank order."""
+        """On every rank, each rank's `value` that is not None, in rank order."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control_group)
-        return values
+        return [value for value in values if value is not None]
 
     def all_agree(self, holds: bool) -> bool:
         """True if `holds` on every rank: one decision for all, so that no rank acts alone."""
@@ -100,7 +99,6 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_group=groups.get_tensor_model_parallel_group(),
         pp_group=groups.get_pipeline_model_parallel_group(),
-        dp_group=groups.get_data_parallel_group(),
         control_group=control,
         owns_world=owns_world,
     )

@@ -40,7 +40,8 @@ from megatron_drpo.mcore.optimizer import build_optimizer
 from megatron_drpo.mcore.parallel import Layout
 from megatron_drpo.metrics import TokenDiagnostics
 from megatron_drpo.objectives import build_objective
-from megatron_drpo.types import Row
+from megatron_drpo.packing import pack
+from megatron_drpo.types import Row, Trajectory
 from megatron_drpo.vocab_parallel import TokenLogprobs, vocab_parallel_logprobs
 
 
@@ -112,6 +113,22 @@ class Policy:
             else self.chunks[0].no_sync
         )
 
+    def pack(self, trajectories: Sequence[Trajectory]) -> list[Row]:
+        """This replica's rows of a batch, for `score` and `forward_backward`.
+
+        All replicas have equally many, and all rows are of one length, as the schedule needs.
+        """
+        layout, config = self.layout, self.config
+        return pack(
+            trajectories,
+            max_tokens=config.train.max_tokens_per_microbatch,
+            num_replicas=layout.dp_size,
+            # The interleaved schedule takes micro-batches in groups of the pipeline's size.
+            rows_multiple=layout.pp_size if layout.vp_size > 1 else 1,
+            aggregation=config.objective.loss_aggregation,
+            horizon=config.loss_token_horizon,
+        )[layout.dp_rank]
+
     # The two verbs of a training step.
 
     def forward_backward(self, rows: Sequence[Row]) -> tuple[float, TokenDiagnostics | None]:
@@ -165,10 +182,9 @@ class Policy:
 
     def _run_schedule(self, rows: Sequence[Row], loss_func, *, forward_only: bool) -> list:
         device = self.device.torch
+        local = [to_device(row, device) for row in rows]
         # Each chunk of an interleaved schedule reads the same rows at its own pace.
-        iterators: list[Iterator[Row]] = [
-            iter([to_device(row, device) for row in rows]) for _ in self.chunks
-        ]
+        iterators = [iter(local) for _ in self.chunks]
         schedule: Any = get_forward_backward_func()
         return schedule(
             forward_step_func=partial(self._forward_step, loss_func),

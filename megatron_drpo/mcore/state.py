@@ -38,6 +38,7 @@ from megatron_drpo.config import Config
 from megatron_drpo.errors import CheckpointError
 from megatron_drpo.mcore.parallel import Layout
 from megatron_drpo.mcore.policy import Policy
+from megatron_drpo.metrics import write_atomically
 
 
 def save_checkpoint(
@@ -79,9 +80,7 @@ def save_checkpoint(
         if final.exists():  # the same step again, after resuming from an earlier one
             shutil.rmtree(final)
         staging.rename(final)
-        pointer = directory / f".{LATEST}.tmp"
-        pointer.write_text(final.name, encoding="utf-8")
-        pointer.replace(directory / LATEST)
+        write_atomically(directory / LATEST, final.name)
         if keep:
             # Later steps than this one are those of an abandoned future: not ours to delete.
             past = sorted(old for old in directory.glob("step-*") if old.name <= final.name)

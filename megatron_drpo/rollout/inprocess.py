@@ -220,14 +220,14 @@ class _Batch:
         done = slots[finished]
         if not done.numel():
             return
-        by_stop = dict(zip(slots.tolist(), stopped.tolist(), strict=True))
+        by_stop = stopped[finished].tolist()
         ids_, logprobs_ = self.ids[done].cpu(), self.logprobs[done].cpu()
         lengths, numbers = self.length[done].tolist(), self.request[done].tolist()
-        for row, slot in enumerate(done.tolist()):
+        for row in range(done.numel()):
             self._done[numbers[row]] = Completion(
                 response_ids=ids_[row, : lengths[row]].clone(),
                 logprobs=logprobs_[row, : lengths[row]].clone(),
-                finish_reason="stop" if by_stop[slot] else "length",
+                finish_reason="stop" if by_stop[row] else "length",
             )
         self._compact(done)
 
