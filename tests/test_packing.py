@@ -183,13 +183,17 @@ def test_the_loss_does_not_depend_on_budget_or_replicas(batch, aggregation, max_
     per_sequence = []
     for item in batch:
         logprobs = item.rollout.behaviour_logprobs.tolist()
-        terms = [item.advantage * logprob for logprob in logprobs]
+        # A row holds advantages and weights in fp32: what their rounding does to a sum that nearly
+        # cancels is not what is asked here.
+        advantage = torch.tensor(item.advantage, dtype=torch.float32).item()
+        terms = [advantage * logprob for logprob in logprobs]
         divisor = {
             "token-mean": 1,
             "seq-mean-token-mean": len(terms),
             "seq-mean-token-sum-norm": HORIZON,
         }[aggregation]
-        per_sequence.append((sum(terms) / divisor, len(terms)))
+        weight = torch.tensor(1 / divisor, dtype=torch.float32).item()
+        per_sequence.append((sum(terms) * weight, len(terms)))
     items = sum(n for _, n in per_sequence) if aggregation == "token-mean" else len(batch)
     oracle = sum(value for value, _ in per_sequence) / items
     assert loss(max_tokens, replicas) == pytest.approx(oracle, rel=1e-6, abs=1e-9)
