@@ -8,6 +8,8 @@ files, the model or the number of ranks is checked by `megatron_drpo.cli` before
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,15 +23,24 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _check(group: object, **rules: tuple[bool, str]) -> None:
-    """Raise one ConfigError that lists every broken rule: name=(holds, what is required)."""
-    broken = [
+def _broken(group: object, **rules: tuple[bool, str]) -> list[str]:
+    """A message for every broken rule: name=(holds, what is required)."""
+    return [
         f"{flag(name)} {getattr(group, name)}: must be {need}"
         for name, (holds, need) in rules.items()
         if not holds
     ]
-    if broken:
-        raise ConfigError("\n".join(broken))
+
+
+def _raise_if_any(problems: list[str]) -> None:
+    """Raise one ConfigError that lists all of them."""
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check(group: object, **rules: tuple[bool, str]) -> None:
+    """Raise one ConfigError that lists every broken rule: name=(holds, what is required)."""
+    _raise_if_any(_broken(group, **rules))
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,10 @@ class RolloutConfig:
     """Nucleus sampling; 1 is off."""
     rollout_top_k: int = 0
     """Sample among the k most likely tokens only; 0 is off."""
+    rollout_topk: int = 0
+    """Record the behaviour policy's K likeliest ids and their log-probs at each token, as
+    --objective dppo_topk_tv and dppo_topk_kl need them (published: 20); 0 is off. It does not
+    truncate sampling, which is --rollout-top-k."""
     rollout_stop_ids: tuple[int, ...] = ()
     """Token ids that end a response, besides those of the model's generation_config.json."""
     rollout_max_slots: int = 256
@@ -127,6 +142,7 @@ class RolloutConfig:
             rollout_temperature=(self.rollout_temperature > 0, "above 0"),
             rollout_top_p=(0 < self.rollout_top_p <= 1, "above 0 and at most 1"),
             rollout_top_k=(self.rollout_top_k >= 0, "0 (off) or more"),
+            rollout_topk=(self.rollout_topk >= 0, "0 (off) or more"),
             rollout_max_slots=(self.rollout_max_slots >= 1, "at least 1"),
             max_engine_gap=(self.max_engine_gap > 0, "above 0"),
         )
@@ -155,14 +171,84 @@ class AdvantageConfig:
     """Divide by the group's standard deviation (GRPO); off in the DRPO recipe."""
 
 
+_DPPO_FIELDS = ("dppo_delta_low", "dppo_delta_high", "dppo_ratio_limit")
+
+OBJECTIVE_FIELDS: dict[str, tuple[str, ...]] = {
+    "drpo": ("drpo_delta", "drpo_penalty"),
+    "dppo_tv": _DPPO_FIELDS,
+    "dppo_kl": _DPPO_FIELDS,
+    "dppo_topk_tv": _DPPO_FIELDS,
+    "dppo_topk_kl": _DPPO_FIELDS,
+    "ppo": ("ppo_clip_low", "ppo_clip_high", "ppo_dual_clip"),
+    "spo": ("spo_epsilon",),
+    "pg_is": (),
+    "cispo": ("cispo_clip_low", "cispo_clip_high"),
+    "gspo": ("gspo_clip_low", "gspo_clip_high"),
+}
+"""The objectives with a name, and the constants that each reads; another objective's are errors."""
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The per-token objective and its aggregation (docs/objectives.md)."""
+    """The per-token objective, what is added to it, and its aggregation (docs/objectives.md)."""
 
-    objective: Literal["drpo"] = "drpo"
-    """Name of the objective."""
+    objective: str = "drpo"
+    """drpo, dppo_tv, dppo_kl, dppo_topk_tv, dppo_topk_kl, ppo, spo, pg_is, cispo, gspo, or your own
+    MODULE:FUNCTION of per-token tensors."""
     drpo_delta: float = 12.5
     """DRPO's trust-region size: the gradient weight is 1 - sign(A(r-1)) |pi - mu| / delta."""
+    drpo_penalty: Literal["sampled", "full"] = "sampled"
+    """DRPO's penalty of the sampled token, or its expectation over the whole vocabulary, from the
+    weights that generated."""
+    dppo_delta_low: float | None = None
+    """DPPO masks a token with A < 0 whose probability fell by more than this; by default 0.15 for
+    total variation, 0.05 for KL."""
+    dppo_delta_high: float | None = None
+    """The same for A > 0 and a rise."""
+    dppo_ratio_limit: float = 20.0
+    """DPPO truncates its detached importance ratio at this."""
+    ppo_clip_low: float = 0.2
+    """PPO clips the ratio below 1 - this."""
+    ppo_clip_high: float = 0.2
+    """PPO clips the ratio above 1 + this (DAPO: 0.28)."""
+    ppo_dual_clip: float | None = None
+    """Dual clip: where A < 0, the objective is at least this times A (published: 3); or off."""
+    spo_epsilon: float = 12.5
+    """SPO's range: the gradient weight is 1 - sign(A(r-1)) |r - 1| / epsilon."""
+    cispo_clip_low: float = 1.0
+    """CISPO truncates the detached ratio below 1 - this; 1 is no lower limit."""
+    cispo_clip_high: float = 5.0
+    """CISPO truncates the detached ratio above 1 + this."""
+    gspo_clip_low: float = 3e-4
+    """GSPO clips the sequence ratio below 1 - this."""
+    gspo_clip_high: float = 4e-4
+    """GSPO clips the sequence ratio above 1 + this."""
+    proximal_policy: Literal["behaviour", "trainer"] = "behaviour"
+    """What the importance ratio r is taken against: the sampler's recorded log-probs, or the
+    trainer's own before the first update of the batch (decoupled; then TIS, IcePop and the sequence
+    masks act on trainer / sampler)."""
+    tis_limit: float | None = None
+    """Truncated importance sampling: the detached importance weight is at most this; off by
+    default."""
+    icepop_low: float | None = None
+    """IcePop: tokens whose importance weight lies below this are masked; off by default."""
+    icepop_high: float | None = None
+    """IcePop: tokens whose importance weight lies above this are masked; off by default."""
+    sequence_mask: Literal["off", "geometric", "product"] = "off"
+    """Mask whole sequences by the geometric mean or the product of their tokens' importance
+    weights."""
+    sequence_mask_low: float | None = None
+    """Sequences below this are masked."""
+    sequence_mask_high: float | None = None
+    """Sequences above this are masked."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence to the frozen reference model; 0 is off and loads none."""
+    kl_estimator: Literal["k1", "k2", "k3", "full"] = "k3"
+    """From the sampled token (k1, k2, k3), or exactly over the whole vocabulary (full)."""
+    reference_model: str | None = None
+    """Directory of the frozen reference model; by default --hf-model."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, with its true gradient over the whole vocabulary."""
     loss_aggregation: Aggregation = "seq-mean-token-sum-norm"
     """How token losses become one: mean over tokens; mean over sequences of their token means;
     or mean over sequences of their token sums divided by --loss-token-horizon."""
@@ -173,17 +259,139 @@ class ObjectiveConfig:
     clamped."""
 
     def __post_init__(self) -> None:
-        horizon = self.loss_token_horizon
-        _check(
+        _raise_if_any([*self._bad_constants(), *self._unread(), *self._at_odds()])
+
+    def _bad_constants(self) -> list[str]:
+        """Values out of range, each for itself."""
+        horizon, dual, tis = self.loss_token_horizon, self.ppo_dual_clip, self.tis_limit
+        share = "above 0 and at most 1 (1 is no lower limit)"
+        # Total variation never exceeds 1; what KL may come to has no limit.
+        most, scale = (1.0, " and at most 1") if self.objective.endswith("_tv") else (math.inf, "")
+        return _broken(
             self,
-            drpo_delta=(self.drpo_delta > 0, "above 0"),
+            drpo_delta=(_positive(self.drpo_delta), "above 0 and finite"),
+            dppo_delta_low=(_positive(self.dppo_delta_low, most), f"above 0{scale}"),
+            dppo_delta_high=(_positive(self.dppo_delta_high, most), f"above 0{scale}"),
+            dppo_ratio_limit=(1 <= self.dppo_ratio_limit < math.inf, "at least 1 and finite"),
+            ppo_clip_low=(0 < self.ppo_clip_low <= 1, share),
+            ppo_clip_high=(_positive(self.ppo_clip_high), "above 0 and finite"),
+            ppo_dual_clip=(dual is None or 1 < dual < math.inf, "above 1 and finite"),
+            spo_epsilon=(_positive(self.spo_epsilon), "above 0 and finite"),
+            cispo_clip_low=(0 < self.cispo_clip_low <= 1, share),
+            cispo_clip_high=(_positive(self.cispo_clip_high), "above 0 and finite"),
+            gspo_clip_low=(0 < self.gspo_clip_low <= 1, share),
+            gspo_clip_high=(_positive(self.gspo_clip_high), "above 0 and finite"),
+            tis_limit=(tis is None or 1 <= tis < math.inf, "at least 1 and finite"),
+            kl_coef=(0 <= self.kl_coef < math.inf, "0 (off) or more, and finite"),
+            entropy_coef=(0 <= self.entropy_coef < math.inf, "0 (off) or more, and finite"),
             loss_token_horizon=(
                 horizon is None
                 or (horizon >= 1 and self.loss_aggregation == "seq-mean-token-sum-norm"),
                 "at least 1, and is used by --loss-aggregation seq-mean-token-sum-norm only",
             ),
             log_ratio_limit=(self.log_ratio_limit > 0, "above 0"),
+            **_bounds_around_1(self, "icepop_low", "icepop_high"),
+            **_bounds_around_1(self, "sequence_mask_low", "sequence_mask_high"),
         )
+
+    def _unread(self) -> list[str]:
+        """Fields with another value than their default that nothing is going to read."""
+        given = [
+            item.name
+            for item in dataclasses.fields(self)
+            if getattr(self, item.name) != item.default
+        ]
+        readers: dict[str, list[str]] = {}
+        for objective, names in OBJECTIVE_FIELDS.items():
+            for name in names:
+                readers.setdefault(name, []).append(objective)
+        reasons = {
+            name: f"is read by --objective {' and '.join(objectives)} only, not by {self.objective}"
+            for name, objectives in readers.items()
+            if self.objective not in objectives
+        }
+        if self.kl_coef == 0:
+            reasons |= dict.fromkeys(
+                ("kl_estimator", "reference_model"), "is read with --kl-coef above 0 only"
+            )
+        if self.sequence_mask == "off":
+            reasons |= dict.fromkeys(
+                ("sequence_mask_low", "sequence_mask_high"),
+                "is read with --sequence-mask geometric and product only",
+            )
+        return [
+            f"{flag(name)} {getattr(self, name)}: {reasons[name]}; drop it"
+            for name in given
+            if name in reasons
+        ]
+
+    def _at_odds(self) -> list[str]:
+        """An unknown objective, and settings that exclude or demand each other."""
+        name, problems = self.objective, []
+        module, _, function = name.partition(":")
+        if name not in OBJECTIVE_FIELDS and not (module and function):
+            close = difflib.get_close_matches(name, OBJECTIVE_FIELDS, n=1)
+            problems.append(
+                f"--objective {name}: unknown; use {', '.join(OBJECTIVE_FIELDS)}, or "
+                "MODULE:FUNCTION of your own" + (f" (did you mean {close[0]}?)" if close else "")
+            )
+        decoupled = self.proximal_policy == "trainer"
+        if decoupled and name.startswith("dppo_topk"):
+            problems.append(
+                f"--proximal-policy trainer: --objective {name} compares with the behaviour "
+                f"policy's top-K log-probs, not the trainer's; use {name.replace('_topk', '')}"
+            )
+        own = {"gspo": "has one ratio per sequence, and TIS truncates that of tokens"}
+        own |= dict.fromkeys(_TRUNCATED, "truncates its ratio itself, so that both would add up")
+        if self.tis_limit is not None and not decoupled and name in own:
+            problems.append(
+                f"--tis-limit {self.tis_limit}: --objective {name} {own[name]}; drop it, or use "
+                "--proximal-policy trainer"
+            )
+        if self.sequence_mask != "off":
+            problems += [
+                f"{flag(bound)}: must be given with --sequence-mask {self.sequence_mask}"
+                for bound in ("sequence_mask_low", "sequence_mask_high")
+                if getattr(self, bound) is None
+            ]
+        return problems
+
+    @property
+    def dppo_deltas(self) -> tuple[float, float]:
+        """DPPO's limits for A < 0 and for A > 0, with their defaults resolved."""
+        default = 0.15 if self.objective.endswith("_tv") else 0.05
+        low, high = self.dppo_delta_low, self.dppo_delta_high
+        return default if low is None else low, default if high is None else high
+
+    @property
+    def corrects(self) -> bool:
+        """Whether an importance correction is on."""
+        values = (self.tis_limit, self.icepop_low, self.icepop_high)
+        return self.sequence_mask != "off" or any(value is not None for value in values)
+
+
+_TRUNCATED = ("cispo", *(name for name in OBJECTIVE_FIELDS if name.startswith("dppo_")))
+"""Objectives with a truncation of their own in the ratio."""
+
+
+def _positive(value: float | None, most: float = math.inf) -> bool:
+    """Above 0, finite, and not above `most`; or not given."""
+    return value is None or (0 < value <= most and value < math.inf)
+
+
+def _bounds_around_1(group: object, low_name: str, high_name: str) -> dict[str, tuple[bool, str]]:
+    """Rules of an interval that on-policy tokens, whose importance weight is 1, lie inside."""
+    low, high = getattr(group, low_name), getattr(group, high_name)
+    return {
+        low_name: (
+            low is None or (0 <= low <= 1 and (high is None or low < high)),
+            f"at least 0, at most 1 (the weight of an on-policy token) and below {flag(high_name)}",
+        ),
+        high_name: (
+            high is None or 1 <= high < math.inf,
+            "at least 1 (the weight of an on-policy token) and finite",
+        ),
+    }
 
 
 @dataclass(frozen=True)
@@ -247,6 +455,12 @@ class TrainConfig:
     """Optimizer updates per rollout batch, each on its own share of the prompts."""
     max_tokens_per_microbatch: int = 4096
     """Token budget of a packed row; one row is one micro-batch."""
+    fused_output: bool = True
+    """Compute output layer and objective together, a chunk of tokens at a time, so that the logits
+    of a row never exist; --no-fused-output is the plain way, as a cross-check."""
+    output_chunk_mib: int | None = None
+    """MiB of logits and their gradient held at a time by the fused output layer, on each rank; by
+    default 512 where 16-bit GEMMs give fp32 results (GPUs), else 32."""
     seed: int = 1234
     """Seed of sampling and of the order of the prompts."""
 
@@ -256,6 +470,10 @@ class TrainConfig:
             train_iters=(self.train_iters >= 1, "at least 1"),
             updates_per_rollout=(self.updates_per_rollout >= 1, "at least 1"),
             max_tokens_per_microbatch=(self.max_tokens_per_microbatch >= 2, "at least 2"),
+            output_chunk_mib=(
+                self.output_chunk_mib is None or self.output_chunk_mib >= 1,
+                "at least 1",
+            ),
             seed=(0 <= self.seed < 1 << 31, "at least 0 and below 2^31"),
         )
 
@@ -352,13 +570,17 @@ class Config:
                 "training on a truncated distribution needs the kept ids of every token, which "
                 "rollouts do not carry; use 1 and 0 (evaluation may truncate: --eval-top-p)"
             )
+        if rollout.rollouts_file and self.objective.drpo_penalty == "full":
+            problems.append(
+                "--drpo-penalty full: needs the whole distribution of the weights that generated, "
+                "which --rollouts-file does not hold; use sampled"
+            )
         if rollout.rollout_samples_per_prompt == 1:
             problems.append(
                 "--rollout-samples-per-prompt 1: the advantage within a group of one is always 0; "
                 "use at least 2"
             )
-        if problems:
-            raise ConfigError("\n".join(problems))
+        _raise_if_any(problems)
 
     @property
     def loss_token_horizon(self) -> int:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_drpo.config import Aggregation
 from megatron_drpo.errors import ConfigError
-from megatron_drpo.types import Row, Trajectory
+from megatron_drpo.types import Rollout, Row, Trajectory
 
 
 def split_updates(
@@ -104,7 +106,8 @@ def pack(
     bins = _fill(lengths, max_tokens, num_replicas * rows_multiple)
     used = max(sum(lengths[i] for i in members) for members in bins)
     size = -(-used // pad_multiple) * pad_multiple
-    rows = [_row([trajectories[i] for i in m], size, aggregation, horizon) for m in bins]
+    like = trajectories[0].rollout
+    rows = [_row([trajectories[i] for i in m], size, aggregation, horizon, like) for m in bins]
     # Rows come heaviest first: dealt there and back, replicas differ little.
     turns = [rows[i : i + num_replicas] for i in range(0, len(rows), num_replicas)]
     dealt = [turn if number % 2 == 0 else turn[::-1] for number, turn in enumerate(turns)]
@@ -153,7 +156,13 @@ def _best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return rows
 
 
-def _row(members: Sequence[Trajectory], size: int, aggregation: Aggregation, horizon: int) -> Row:
+def _row(
+    members: Sequence[Trajectory],
+    size: int,
+    aggregation: Aggregation,
+    horizon: int,
+    like: Rollout,
+) -> Row:
     """The members laid end to end and padded to `size`; see `Row` for an example."""
     rollouts = [trajectory.rollout for trajectory in members]
     responses = torch.tensor([r.response_ids.numel() for r in rollouts], dtype=torch.int64)
@@ -169,11 +178,18 @@ def _row(members: Sequence[Trajectory], size: int, aggregation: Aggregation, hor
     # Response token t of the row, counted over all its responses, is predicted one place before its
     # own: the last of a response (t + 1 = responses so far) at ends - 2.
     loss_index = torch.arange(num_tokens) + (ends - responses.cumsum(0) - 1)[sequence]
+    trained = [
+        torch.ones(r.response_ids.numel(), dtype=torch.bool) if r.loss_mask is None else r.loss_mask
+        for r in rollouts
+    ]
+    kept = torch.cat([torch.empty(0, dtype=torch.bool), *trained])
+    sequence, loss_index = sequence[kept], loss_index[kept]
+    counts = torch.tensor([r.num_loss_tokens for r in rollouts], dtype=torch.int64)
 
     if aggregation == "token-mean":
-        weights, num_items = torch.ones(len(members)), num_tokens
+        weights, num_items = torch.ones(len(members)), int(counts.sum())
     elif aggregation == "seq-mean-token-mean":
-        weights, num_items = 1 / responses.float(), len(members)
+        weights, num_items = 1 / counts.float(), len(members)
     elif aggregation == "seq-mean-token-sum-norm":
         weights, num_items = torch.full((len(members),), 1 / horizon), len(members)
     else:
@@ -185,9 +201,20 @@ def _row(members: Sequence[Trajectory], size: int, aggregation: Aggregation, hor
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
         loss_index=loss_index,
         targets=tokens[loss_index + 1],
-        behaviour_logprobs=torch.cat([torch.empty(0), *(r.behaviour_logprobs for r in rollouts)]),
+        behaviour_logprobs=_join("behaviour_logprobs", rollouts, kept, like),
         advantages=advantages[sequence],
         weights=weights[sequence],
         sequence=sequence,
         num_items=num_items,
+        names=tuple(f"sample {r.sample} of prompt {r.prompt.id}" for r in rollouts),
+        topk_ids=_join("topk_ids", rollouts, kept, like),
+        behaviour_topk_logprobs=_join("topk_logprobs", rollouts, kept, like),
     )
+
+
+def _join(name: str, rollouts: Sequence[Rollout], kept: Tensor, like: Rollout) -> Any:
+    """A field of all rollouts, at the kept tokens; `like` tells its shape where there are none."""
+    empty = getattr(like, name)
+    if empty is None:
+        return None
+    return torch.cat([empty[:0], *(getattr(r, name) for r in rollouts)])[kept]

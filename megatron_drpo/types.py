@@ -3,7 +3,8 @@
     Prompt -> Rollout -> Trajectory -> Row
 
 Dims: P prompt tokens, R response tokens, S tokens of a row, N sequences of a row, T the row's loss
-tokens (response tokens that are predicted). Token ids are int64, log-probs fp32 and natural.
+tokens (response tokens that the policy is trained on), K the behaviour policy's likeliest ids, H
+the hidden size. Token ids are int64, log-probs fp32 and natural.
 """
 
 from __future__ import annotations
@@ -61,6 +62,19 @@ class Rollout:
     """Number of optimizer updates the generating weights had received."""
     response_text: str
     """The response decoded without special tokens."""
+    topk_ids: Tensor | None = None
+    """int64 [R, K]: at each token, the ids that mu found likeliest (`--rollout-topk`)."""
+    topk_logprobs: Tensor | None = None
+    """fp32 [R, K], their log-probs under mu."""
+    loss_mask: Tensor | None = None
+    """bool [R]; False where the policy did not write the token (a tool's answer, say): it is seen
+    but not trained on, and whatever `behaviour_logprobs` holds there is not looked at."""
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that the policy is trained on."""
+        mask = self.loss_mask
+        return self.response_ids.numel() if mask is None else int(mask.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,3 +129,19 @@ class Row:
     """int64 [T], the sequence of each loss token, 0 to N - 1."""
     num_items: int
     """This row's share of the global denominator."""
+    names: tuple[str, ...]
+    """[N]: what an error calls each sequence."""
+    topk_ids: Tensor | None = None
+    """int64 [T, K], if the rollouts carry them."""
+    behaviour_topk_logprobs: Tensor | None = None
+    """fp32 [T, K]."""
+
+    # What scoring adds on the last stage, before the first update of the batch.
+    old_logprobs: Tensor | None = None
+    """fp32 [T], of the trainer's weights then."""
+    reference_logprobs: Tensor | None = None
+    """fp32 [T], of the frozen reference model."""
+    behaviour_hidden: Tensor | None = None
+    """[T, H]: the output layer's input under the weights that generated."""
+    reference_hidden: Tensor | None = None
+    """[T, H]: the same of the reference model."""

@@ -19,19 +19,30 @@ HORIZON = 7
 
 
 def trajectory(
-    number: int, prompt: list[int], response: list[int], advantage: float = 0.5, group: int = 1
+    number: int,
+    prompt: list[int],
+    response: list[int],
+    advantage: float = 0.5,
+    group: int = 1,
+    mask: list[bool] | None = None,
 ) -> Trajectory:
     # Each log-prob is a number of its own, so that a token can be told from all others.
     logprobs = torch.tensor([-(number + 1) - i / 64 for i in range(len(response))])
+    ids = torch.tensor(response)
+    if mask is not None:
+        logprobs[~torch.tensor(mask)] = torch.nan
     return Trajectory(
         Rollout(
             prompt=Prompt(f"p{number // group}", "", torch.tensor(prompt), None),
             sample=number % group,
-            response_ids=torch.tensor(response),
+            response_ids=ids,
             behaviour_logprobs=logprobs,
             finish_reason="stop",
             policy_version=0,
             response_text="",
+            topk_ids=torch.stack([ids + 1, ids + 2], 1),
+            topk_logprobs=torch.stack([logprobs - 1, logprobs - 2], 1),
+            loss_mask=None if mask is None else torch.tensor(mask),
         ),
         reward=1.0,
         advantage=advantage,
@@ -42,9 +53,24 @@ def trajectory(
 def batches(draw) -> list[Trajectory]:
     ids = st.lists(st.integers(1, 99), min_size=1, max_size=20)
     shapes = draw(
-        st.lists(st.tuples(ids, ids, st.sampled_from([0.0, -0.5, 1.25])), min_size=1, max_size=25)
+        st.lists(
+            st.tuples(ids, ids, st.sampled_from([0.0, -0.5, 1.25]), st.booleans()),
+            min_size=1,
+            max_size=25,
+        )
     )
-    return [trajectory(i, *shape) for i, shape in enumerate(shapes)]
+    batch = []
+    for number, (prompt, response, advantage, masked) in enumerate(shapes):
+        mask = None
+        if masked:  # a tool wrote every third token, and the first of all
+            mask = [i % 3 != 0 or len(response) == 1 for i in range(len(response))]
+        batch.append(trajectory(number, prompt, response, advantage, mask=mask))
+    return batch
+
+
+def trained(rollout: Rollout) -> list[bool]:
+    mask = rollout.loss_mask
+    return [True] * rollout.response_ids.numel() if mask is None else mask.tolist()
 
 
 def weight_of(aggregation: str, length: int) -> float:
@@ -65,6 +91,9 @@ def loss_tokens(rows: list[Row]) -> Counter:
             end = row.cu_seqlens[row.sequence[t] + 1].item()
             assert start <= place < end - 1
             assert row.tokens[place + 1] == row.targets[t]
+            assert row.topk_ids is not None and row.behaviour_topk_logprobs is not None
+            assert (row.topk_ids[t] - row.targets[t]).tolist() == [1, 2]
+            assert (row.behaviour_topk_logprobs[t] - row.behaviour_logprobs[t]).tolist() == [-1, -2]
             key = (
                 tuple(row.tokens[start : place + 1].tolist()),
                 row.targets[t].item(),
@@ -81,10 +110,13 @@ def expected_tokens(batch: list[Trajectory], aggregation: str) -> Counter:
     for item in batch:
         rollout = item.rollout
         response = rollout.response_ids.tolist()
+        mask = trained(rollout)
         for i, token in enumerate(response):
+            if not mask[i]:
+                continue
             context = (*rollout.prompt.token_ids.tolist(), *response[:i])
             logprob = rollout.behaviour_logprobs[i].item()
-            weight = weight_of(aggregation, len(response))
+            weight = weight_of(aggregation, sum(mask))
             wanted[context, token, logprob, item.advantage, weight] += 1
     return wanted
 
@@ -138,7 +170,7 @@ def test_every_token_once_in_rows_of_one_shape(
     assert len(packed[0]) % rows_multiple == 0
 
     assert loss_tokens(rows) == expected_tokens(batch, aggregation)
-    tokens = sum(item.rollout.response_ids.numel() for item in batch)
+    tokens = sum(sum(trained(item.rollout)) for item in batch)
     oracle = tokens if aggregation == "token-mean" else len(batch)
     assert sum(row.num_items for row in rows) == oracle
 
@@ -182,7 +214,9 @@ def test_the_loss_does_not_depend_on_budget_or_replicas(batch, aggregation, max_
 
     per_sequence = []
     for item in batch:
-        logprobs = item.rollout.behaviour_logprobs.tolist()
+        rollout = item.rollout
+        pairs = zip(rollout.behaviour_logprobs.tolist(), trained(rollout), strict=True)
+        logprobs = [logprob for logprob, kept in pairs if kept]
         # A row holds advantages and weights in fp32: what their rounding does to a sum that nearly
         # cancels is not what is asked here.
         advantage = torch.tensor(item.advantage, dtype=torch.float32).item()

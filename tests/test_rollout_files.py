@@ -60,6 +60,9 @@ def trajectories() -> list[Trajectory]:
                 finish_reason=("stop", "length")[sample],
                 policy_version=4,
                 response_text=f"r{sample}\u2028",
+                topk_ids=torch.tensor([[1, 2], [3, 4], [9, 0]]),
+                topk_logprobs=torch.tensor([[-0.1, -4.0], [-0.7, -1.3], [-0.3, -2.0]]),
+                loss_mask=torch.tensor([True, True, False]) if sample else None,
             ),
             reward=0.1 * sample,
             advantage=0.0,
@@ -80,7 +83,11 @@ def test_a_batch_comes_back_as_it_was(tmp_path):
         want = item.rollout
         assert reward == item.reward
         assert rollout.behaviour_logprobs.dtype == torch.float32
-        assert rollout.behaviour_logprobs.equal(want.behaviour_logprobs)
+        trained = slice(None) if want.loss_mask is None else want.loss_mask
+        for name in ("behaviour_logprobs", "topk_ids", "topk_logprobs"):
+            assert getattr(rollout, name)[trained].equal(getattr(want, name)[trained])
+        assert (rollout.loss_mask is None) == (want.loss_mask is None)
+        assert want.loss_mask is None or rollout.loss_mask.equal(want.loss_mask)
         assert rollout.response_ids.equal(want.response_ids)
         assert rollout.response_ids.dtype == rollout.prompt.token_ids.dtype == torch.int64
         for name in ("sample", "finish_reason", "policy_version", "response_text"):
@@ -107,6 +114,51 @@ def test_every_fp32_logprob_comes_back_bit_for_bit(tmp_path_factory, value):
     write_rollouts(path, [Trajectory(rollout, 0.0, 0.0)])
     ((back, _),) = read(path, samples=1)
     assert back.behaviour_logprobs.view(torch.int32).equal(source.view(torch.int32))
+
+
+def test_what_a_masked_token_holds_is_not_looked_at(tmp_path):
+    masked = group(
+        loss_mask=[False, True],
+        behaviour_logprobs=[None, -0.5],
+        topk_ids=[None, [1, 2]],
+        topk_logprobs=["nothing", [-0.5, -3.0]],
+    )
+    (rollout, _), _ = read(write(tmp_path / "r.jsonl", masked))
+    assert rollout.loss_mask.tolist() == [False, True] and rollout.num_loss_tokens == 1
+    assert rollout.behaviour_logprobs[1] == -0.5 and rollout.topk_ids[1].tolist() == [1, 2]
+
+
+TOPK = {"topk_ids": [[1, 2], [3, 4]], "topk_logprobs": [[-0.5, -3.0], [-0.2, -2.0]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_mask": [True]}, "`response_ids` has 2 entries, but `loss_mask` 1"),
+        ({"loss_mask": [True, 1]}, "`loss_mask` holds 1 at index 1; must be true or false"),
+        ({"loss_mask": [False, False]}, "`loss_mask` is false everywhere"),
+        ({"topk_ids": TOPK["topk_ids"]}, "has `topk_ids` alone"),
+        (TOPK | {"topk_ids": [[1, 2]]}, "`response_ids` has 2 entries, but `topk_ids` 1"),
+        (TOPK | {"topk_ids": [[1, 2], [3]]}, "`topk_ids` has 1 entries at index 1, 2 elsewhere"),
+        (TOPK | {"topk_ids": [[1, 2], [3, 3]]}, "names an id twice at index 1"),
+        (TOPK | {"topk_ids": [[1, 2], [3, 10]]}, "holds 10 at index 1; the model's token ids are"),
+        (TOPK | {"topk_ids": [[1, 2], None]}, "`topk_ids` holds null at index 1; must be a list"),
+        (TOPK | {"topk_logprobs": [[-0.5, 0.1], [-1, -2]]}, "`topk_logprobs` holds 0.1"),
+        (TOPK | {"topk_logprobs": [[-0.1, -0.1], [-1, -2]]}, "exceed 1 together"),
+    ],
+)
+def test_topk_and_mask_that_cannot_be_used_are_refused(tmp_path, changes, message):
+    path = write(tmp_path / "r.jsonl", group(**changes))
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert message in str(caught.value) and f"{path}:1" in str(caught.value)
+
+
+def test_one_file_has_one_k(tmp_path):
+    one = group(**TOPK)
+    two = [x | {"id": "b"} for x in group()]
+    with pytest.raises(DataError, match="has 0 `topk_ids` per token, line .* 2"):
+        read(write(tmp_path / "r.jsonl", one + two))
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):

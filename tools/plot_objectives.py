@@ -1,59 +1,90 @@
-"""Draw docs/images/drpo_weight.png, the gradient weight of DRPO: `python tools/plot_objectives.py`.
+"""Draw the gradient weights of the objectives for docs/objectives.md.
 
-For docs/objectives.md. The weight comes from `megatron_drpo.objectives.drpo` itself.
+`python tools/plot_objectives.py` writes docs/images/objective_weights.png (one column per
+objective) and docs/images/drpo_weight.png (DRPO by delta). The weights are those that
+`megatron_drpo.objectives.build_objective` gives.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from megatron_drpo.objectives import drpo
+from megatron_drpo.config import ObjectiveConfig
+from megatron_drpo.objectives import Tokens, build_objective
 
-DELTAS = (0.05, 0.5, 12.5)
-IMAGE = Path(__file__).resolve().parent.parent / "docs" / "images" / "drpo_weight.png"
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+BY_DELTA = {
+    f"drpo, delta {delta:g}\nw in [{1 - 1 / delta:.3g}, {1 + 1 / delta:.3g}]": ObjectiveConfig(
+        drpo_delta=delta
+    )
+    for delta in (0.05, 0.5, 12.5)
+}
+FAMILY = {
+    "drpo\ndelta 0.15": ObjectiveConfig("drpo", drpo_delta=0.15),
+    "dppo_tv\ndelta 0.15": ObjectiveConfig("dppo_tv"),
+    "dppo_kl\ndelta 0.05": ObjectiveConfig("dppo_kl"),
+    "ppo\nclip 0.2, 0.28": ObjectiveConfig("ppo", ppo_clip_high=0.28),
+    "spo\nepsilon 0.5": ObjectiveConfig("spo", spo_epsilon=0.5),
+    "cispo\nclip 1, 0.28": ObjectiveConfig("cispo", cispo_clip_high=0.28),
+}
+RESOLUTION = 250
 
 
-def draw(path: Path, resolution: int = 200) -> None:
-    """Write the picture: advantage above and below 0 by delta, mu across, pi up."""
-    axis = (torch.arange(resolution, dtype=torch.float64) + 0.5) / resolution
+def weights(config: ObjectiveConfig, advantage: float) -> tuple[torch.Tensor, ...]:
+    """(mu, pi, w), each [RESOLUTION, RESOLUTION]: mu grows to the right, pi upwards."""
+    axis = (torch.arange(RESOLUTION, dtype=torch.float64) + 0.5) / RESOLUTION
     pi, mu = torch.meshgrid(axis, axis, indexing="ij")
-    figure = Figure(figsize=(9.6, 6.4), layout="constrained")
-    grid = figure.subplots(2, len(DELTAS), sharex=True, sharey=True)
-    for row, (advantage, sign) in zip(grid, ((1.0, ">"), (-1.0, "<")), strict=True):
-        for ax, delta in zip(row, DELTAS, strict=True):
-            advantages = torch.full_like(pi, advantage)
-            weight = drpo(pi.log(), mu.log(), advantages, delta=delta).gradient_weights
-            norm = TwoSlopeNorm(1, vmin=-1, vmax=3)
+    tokens = Tokens(*(x.flatten() for x in (pi.log(), mu.log(), torch.full_like(pi, advantage))))
+    return mu, pi, build_objective(config)(tokens).gradient_weights.view_as(pi)
+
+
+def draw(path: Path, title: str, panels: Mapping[str, ObjectiveConfig]) -> None:
+    """Write a picture: a column for each of `panels`, advantages above 0 over those below."""
+    columns = len(panels)
+    figure = Figure(figsize=(2.2 * columns + 1.2, 5.0), layout="constrained")
+    grid = figure.subplots(2, columns, sharex=True, sharey=True)
+    norm = TwoSlopeNorm(1, vmin=-1, vmax=3)
+    image = None
+    for row, advantage in zip(grid, (1.0, -1.0), strict=True):
+        for ax, (name, config) in zip(row, panels.items(), strict=True):
+            mu, pi, weight = weights(config, advantage)
             area = (0, 1, 0, 1)
             image = ax.imshow(weight, origin="lower", extent=area, cmap="RdBu", norm=norm)
-            # matplotlib warns of a level that the weight never reaches.
-            lines = {0.0: "solid", 0.5: "dashed"} if weight.min() < 0 else {}
-            for level, style in lines.items():
-                ax.contour(mu, pi, weight, [level], colors="black", linewidths=1, linestyles=style)
+            for level, style in {0.0: "solid", 0.5: "dashed"}.items():
+                if weight.min() < level:  # matplotlib warns of a level that is never reached
+                    line = {"colors": "black", "linewidths": 0.8, "linestyles": style}
+                    ax.contour(mu, pi, weight, [level], **line)
             ax.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="dotted")
-            bounds = f"[{1 - 1 / delta:.3g}, {1 + 1 / delta:.3g}]"
-            ax.set_title(f"A {sign} 0, delta {delta:g}: w inside {bounds}", fontsize=10)
-        row[0].set_ylabel("pi, current policy")
+            if advantage > 0:
+                ax.set_title(name, fontsize=10)
+        row[0].set_ylabel(f"A {'>' if advantage > 0 else '<'} 0\npi, current policy")
     for ax in grid[-1]:
-        ax.set_xlabel("mu, behaviour policy")
+        ax.set_xlabel("mu, behaviour")
+    assert image is not None
     bar = figure.colorbar(image, ax=grid, extend="both", shrink=0.8, ticks=[-1, 0, 0.5, 1, 2, 3])
     bar.set_label("gradient weight w (1: plain policy gradient)")
-    figure.suptitle("DRPO: w = 0 on solid lines, 1/2 on dashed ones; dotted: pi = mu", fontsize=11)
+    figure.suptitle(f"{title}: w = 0 on solid lines, 1/2 on dashed ones; dotted: pi = mu")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the gradient weight of DRPO.")
-    parser.add_argument("--output", type=Path, default=IMAGE, help="a .png file")
-    path = parser.parse_args().output
-    draw(path)
-    print(path)
+    parser = argparse.ArgumentParser(description="Draw the gradient weights of the objectives.")
+    parser.add_argument("--output-dir", type=Path, default=IMAGES, help="receives two .png files")
+    directory = parser.parse_args().output_dir
+    for name, title, panels in (
+        ("objective_weights", "Gradient weights", FAMILY),
+        ("drpo_weight", "DRPO", BY_DELTA),
+    ):
+        path = directory / f"{name}.png"
+        draw(path, title, panels)
+        print(path)
 
 
 if __name__ == "__main__":

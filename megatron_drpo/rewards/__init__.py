@@ -11,17 +11,10 @@ and a time limit never is.
 from __future__ import annotations
 
 import contextlib
-import difflib
-import importlib
-import inspect
 import math
 import numbers
-import os
 import signal
-import sys
-import sysconfig
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -30,6 +23,7 @@ import numpy as np
 
 from megatron_drpo.errors import DataError, RewardError
 from megatron_drpo.types import FinishReason, Prompt, Rollout
+from megatron_drpo.user_code import described, did_you_mean, load_function
 
 
 @dataclass(frozen=True)
@@ -75,56 +69,9 @@ def load_reward(name: str) -> Reward:
     if not (colon and module_name and function_name):
         raise RewardError(
             f"--reward {name}: unknown; use {', '.join(BUILT_IN)}, or MODULE:FUNCTION of your own"
-            + _did_you_mean(name, BUILT_IN)
+            + did_you_mean(name, BUILT_IN)
         )
-    if os.getcwd() not in sys.path:  # torchrun puts the script's directory there instead
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in _parents(module_name):
-            raise RewardError(
-                f"--reward {name}: no module {error.name!r} in {os.getcwd()} or on PYTHONPATH"
-            ) from error
-        raise RewardError(
-            f"--reward {name}: importing {module_name} raised {_described(error)}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise RewardError(
-            f"--reward {name}: {module_name} has no function {function_name!r}"
-            + _did_you_mean(function_name, functions)
-        )
-    if inspect.iscoroutinefunction(function):
-        raise RewardError(f"--reward {name}: is async; give a plain function of one request")
-    return cast(Reward, function)
-
-
-def _described(error: BaseException) -> str:
-    """An error of the user's code, and where in it: `KeyError: 'x' (my_rewards.py:3)`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
-    place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{place}"
-
-
-_NOT_THEIRS = (
-    os.path.dirname(os.path.dirname(__file__)) + os.sep,  # this package
-    *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")),
-    "<frozen",
-)
-
-
-def _parents(module_name: str) -> set[str]:
-    """`a.b.c` -> {a, a.b, a.b.c}."""
-    parts = module_name.split(".")
-    return {".".join(parts[: i + 1]) for i in range(len(parts))}
-
-
-def _did_you_mean(name: str, known: Sequence[str] | Mapping[str, str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return cast(Reward, load_function(f"--reward {name}", target, RewardError))
 
 
 def check_prompts(name: str, prompts: Sequence[Prompt]) -> None:
@@ -181,7 +128,7 @@ def _score_one(reward: Reward, name: str, rollout: Rollout, timeout_seconds: flo
             "make the reward faster, or raise the limit"
         ) from error
     except (Exception, SystemExit) as error:  # an exit would look like the end of the run
-        raise RewardError(f"{where}: raised {_described(error)}") from error
+        raise RewardError(f"{where}: raised {described(error)}") from error
     number = math.nan
     if isinstance(value, numbers.Real | np.bool_):
         with contextlib.suppress(OverflowError):  # an integer beyond fp64

@@ -3,11 +3,16 @@
 In: trajectories, written one per line (`--save-rollouts`). Out: rollouts with the rewards that the
 file holds (`--rollouts-file`), each line checked, log-probs bit for bit those that were written.
 
-A line, `answer`, `metadata` and `reward` being optional:
+A line, the fields from `answer` on being optional:
 
     {"id": "train.jsonl:7", "prompt": "12+30=", "prompt_ids": [5, 6, 14, 7, 4, 15], "sample": 3,
      "response": "42", "response_ids": [8, 6, 2], "behaviour_logprobs": [-0.21, -0.05, -0.01],
-     "finish_reason": "stop", "policy_version": 4, "answer": "42", "metadata": {}, "reward": 1.0}
+     "finish_reason": "stop", "policy_version": 4, "answer": "42", "metadata": {}, "reward": 1.0,
+     "topk_ids": [[8, 3], ...], "topk_logprobs": [[-0.21, -1.9], ...], "loss_mask": [true, ...]}
+
+`topk_ids` and `topk_logprobs` hold the behaviour policy's K likeliest ids at each response token
+and their log-probs. `loss_mask` is false where the policy did not write the token (a tool's
+answer); what `behaviour_logprobs` and the top-K fields hold there is not looked at, null will do.
 """
 
 from __future__ import annotations
@@ -39,7 +44,14 @@ _REQUIRED = {
     "finish_reason": str,
     "policy_version": int,
 }
-_FIELDS = _REQUIRED | {"answer": str, "metadata": dict, "reward": (int, float)}
+_FIELDS = _REQUIRED | {
+    "answer": str,
+    "metadata": dict,
+    "reward": (int, float),
+    "topk_ids": list,
+    "topk_logprobs": list,
+    "loss_mask": list,
+}
 
 
 def write_rollouts(path: str | Path, trajectories: Sequence[Trajectory]) -> None:
@@ -67,7 +79,7 @@ def write_rollouts(path: str | Path, trajectories: Sequence[Trajectory]) -> None
 def _line(trajectory: Trajectory) -> dict[str, Any]:
     rollout = trajectory.rollout
     prompt = rollout.prompt
-    return {
+    line = {
         "id": prompt.id,
         "prompt": prompt.text,
         "prompt_ids": prompt.token_ids.tolist(),
@@ -81,6 +93,11 @@ def _line(trajectory: Trajectory) -> dict[str, Any]:
         "metadata": dict(prompt.metadata),
         "reward": trajectory.reward,
     }
+    for name in ("topk_ids", "topk_logprobs", "loss_mask"):
+        value = getattr(rollout, name)
+        if value is not None:
+            line[name] = value.tolist()
+    return line
 
 
 class _Read(NamedTuple):
@@ -114,6 +131,13 @@ def read_rollouts(
     )
     unrewarded = [entry for entry in read if entry.reward is None]
     problems = _group_problems(path, read, samples_per_prompt)
+    widths = {0 if e.rollout.topk_ids is None else e.rollout.topk_ids.size(1): e for e in read}
+    if len(widths) > 1:
+        (first, one), (second, other), *_ = widths.items()
+        problems.append(
+            f"{path}:{other.number}: has {second} `topk_ids` per token, line {one.number} {first}; "
+            "all rollouts of a file have equally many"
+        )
     if 0 < len(unrewarded) < len(read):
         problems.append(
             f"{path}:{unrewarded[0].number}: has no `reward`, while {len(read) - len(unrewarded)} "
@@ -153,16 +177,19 @@ def _parse(number: int, line: dict[str, Any], vocab_size: int, max_length: int) 
             f"prompt and response have {length} tokens, the model's context {max_length}; remove "
             "or shorten this rollout"
         )
+    mask = _loss_mask(line, response_ids.numel())
     rollout = Rollout(
         prompt=Prompt(
             line["id"], line["prompt"], prompt_ids, line.get("answer"), line.get("metadata", {})
         ),
         sample=line["sample"],
         response_ids=response_ids,
-        behaviour_logprobs=_logprobs(line["behaviour_logprobs"], response_ids.numel()),
+        behaviour_logprobs=_logprobs("behaviour_logprobs", line["behaviour_logprobs"], mask),
         finish_reason=line["finish_reason"],
         policy_version=line["policy_version"],
         response_text=line["response"],
+        **_topk(line, mask, vocab_size),
+        loss_mask=None if all(mask) else torch.tensor(mask),
     )
     return _Read(number, rollout, None if reward is None else float(reward))
 
@@ -194,21 +221,77 @@ def _token_ids(line: dict[str, Any], name: str, vocab_size: int) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _logprobs(values: list[Any], num_tokens: int) -> Tensor:
+def _check_length(name: str, values: list[Any], num_tokens: int) -> None:
     if len(values) != num_tokens:
         raise DataError(
-            f"`response_ids` has {num_tokens} entries, but `behaviour_logprobs` {len(values)}; "
-            "each token of the response has one"
+            f"`response_ids` has {num_tokens} entries, but `{name}` {len(values)}; each token of "
+            "the response has one"
         )
+
+
+def _loss_mask(line: dict[str, Any], num_tokens: int) -> list[bool]:
+    mask = line.get("loss_mask", [True] * num_tokens)
+    _check_length("loss_mask", mask, num_tokens)
+    for index, value in enumerate(mask):
+        if type(value) is not bool:
+            raise DataError(
+                f"`loss_mask` holds {_short(value)} at index {index}; must be true or false"
+            )
+    if not any(mask):
+        raise DataError("`loss_mask` is false everywhere: nothing to train on; remove this rollout")
+    return mask
+
+
+def _logprobs(name: str, values: list[Any], mask: list[bool]) -> Tensor:
+    """fp32 [R], 0 where the mask is false."""
+    _check_length(name, values, len(mask))
     for index, value in enumerate(values):
         # Python's JSON reader takes NaN and -Infinity; beyond fp32 is -inf once stored.
         usable = type(value) in (int, float) and -_FP32_MAX <= value <= 0
-        if not usable:
+        if mask[index] and not usable:
             raise DataError(
-                f"`behaviour_logprobs` holds {_short(value)} at index {index}; the log-prob of a "
-                "sampled token is finite and at most 0"
+                f"`{name}` holds {_short(value)} at index {index}; the log-prob of a sampled token "
+                "is finite and at most 0"
             )
-    return torch.tensor(values, dtype=torch.float32)
+    kept = [value if used else 0.0 for value, used in zip(values, mask, strict=True)]
+    return torch.tensor(kept, dtype=torch.float32)
+
+
+def _topk(line: dict[str, Any], mask: list[bool], vocab_size: int) -> dict[str, Tensor]:
+    """`topk_ids` and `topk_logprobs`, if the line has them."""
+    names = [name for name in ("topk_ids", "topk_logprobs") if name in line]
+    if not names:
+        return {}
+    if len(names) == 1:
+        raise DataError(f"has `{names[0]}` alone; `topk_ids` and `topk_logprobs` belong together")
+    size = None
+    for name in names:
+        _check_length(name, line[name], len(mask))
+        for index in (i for i, used in enumerate(mask) if used):
+            row = line[name][index]
+            if not isinstance(row, list) or not row:
+                raise DataError(f"`{name}` holds {_short(row)} at index {index}; must be a list")
+            size = len(row) if size is None else size
+            if len(row) != size:
+                raise DataError(
+                    f"`{name}` has {len(row)} entries at index {index}, {size} elsewhere; every "
+                    "token has the K likeliest ids of one K"
+                )
+    assert size is not None, "the mask keeps at least one token"
+    ids = torch.zeros((len(mask), size), dtype=torch.int64)
+    logprobs = torch.zeros((len(mask), size))
+    for index in (i for i, used in enumerate(mask) if used):
+        row = _token_ids({"topk_ids": line["topk_ids"][index]}, "topk_ids", vocab_size)
+        if row.unique().numel() < size:
+            raise DataError(f"`topk_ids` names an id twice at index {index}")
+        ids[index] = row
+        values = line["topk_logprobs"][index]
+        logprobs[index] = _logprobs("topk_logprobs", values, [True] * size)
+        if logprobs[index].double().exp().sum() > 1 + 1e-3:
+            raise DataError(
+                f"`topk_logprobs` at index {index}: the probabilities exceed 1 together"
+            )
+    return {"topk_ids": ids, "topk_logprobs": logprobs}
 
 
 _FP32_MAX = torch.finfo(torch.float32).max
