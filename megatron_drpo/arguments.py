@@ -55,7 +55,7 @@ _UNUSED = (
     (
         "rollouts_file",
         lambda config: config.rollout.rollouts_file is not None,
-        ("shuffle_prompts", "max_engine_gap"),
+        ("shuffle_prompts", "max_engine_gap", "rollout_topk"),
         "is not used with --rollouts-file, which is taken as it is and in its own order; drop it",
     ),
     (
@@ -64,6 +64,12 @@ _UNUSED = (
         ("apply_chat_template", "rollout_stop_ids", "rollout_max_slots"),
         "is not used with --rollouts-file and without --eval-prompts, as nothing is generated; "
         "drop it",
+    ),
+    (
+        "fused_output",
+        lambda config: not config.train.fused_output,
+        ("output_chunk_mib",),
+        "is not used with --no-fused-output; drop it",
     ),
 )
 """(flag that decides, when it does, flags that then do nothing, what to say about each)."""

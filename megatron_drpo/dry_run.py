@@ -7,18 +7,75 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from megatron_drpo import __version__
 from megatron_drpo.checkpoint.families import Entry, family_of
-from megatron_drpo.config import Config, flag
+from megatron_drpo.config import Config, ObjectiveConfig, flag
+from megatron_drpo.objectives import build_objective
 from megatron_drpo.preflight import Inputs
+from megatron_drpo.vocab_parallel.linear import CHUNK_BYTES, CHUNK_BYTES_MIXED
 
-_FORMULAS = {
-    "drpo": lambda config: (
-        "r A - |A| / (2 delta) * mu * (r - 1)^2, with r = pi / mu",
-        f"delta {config.drpo_delta:g}: the gradient weight 1 - sign(A (r - 1)) |pi - mu| / delta "
-        f"stays within [{1 - 1 / config.drpo_delta:.4g}, {1 + 1 / config.drpo_delta:.4g}]",
+
+def _drpo(config: ObjectiveConfig) -> tuple[str, str]:
+    delta = config.drpo_delta
+    if config.drpo_penalty == "full":
+        return (
+            "r A - |A| / (2 delta) * sum_v (pi_v - mu_v)^2",
+            f"delta {delta:g}: half of what the squared distance is divided by; the gradient "
+            "weight of r A is 1",
+        )
+    return (
+        "r A - |A| / (2 delta) * mu * (r - 1)^2",
+        f"delta {delta:g}: the gradient weight 1 - sign(A (r - 1)) |pi - mu| / delta stays within "
+        f"[{1 - 1 / delta:.4g}, {1 + 1 / delta:.4g}]",
+    )
+
+
+def _dppo(config: ObjectiveConfig, divergence: str, buckets: str) -> tuple[str, str]:
+    low, high = config.dppo_deltas
+    return (
+        f"M sg(min(r, {config.dppo_ratio_limit:g})) A log pi",
+        f"M = 0 where A > 0, pi > mu and {divergence} > {high:g}, or A < 0, pi < mu and it is > "
+        f"{low:g}; over {buckets}",
+    )
+
+
+def _ppo(config: ObjectiveConfig) -> tuple[str, str]:
+    low, high, dual = config.ppo_clip_low, config.ppo_clip_high, config.ppo_dual_clip
+    clipped = f"min(r A, clip(r, {1 - low:g}, {1 + high:g}) A)"
+    stops = f"a token stops where A > 0 and r > {1 + high:g}, or A < 0 and r < {1 - low:g}"
+    if dual is None:
+        return clipped, stops
+    return (
+        f"{clipped}, and where A < 0 at least {dual:g} A",
+        f"{stops}, or A < 0 and r > {dual:g}",
+    )
+
+
+_TV, _KL = "TV(mu, pi)", "KL(mu || pi)"
+_BINARY = "the sampled id against the rest"
+_TOPK = "the sampled id, the behaviour policy's top K and the rest"
+_FORMULAS: dict[str, Callable[[ObjectiveConfig], tuple[str, str]]] = {
+    "drpo": _drpo,
+    "dppo_tv": lambda config: _dppo(config, _TV, _BINARY),
+    "dppo_kl": lambda config: _dppo(config, _KL, _BINARY),
+    "dppo_topk_tv": lambda config: _dppo(config, _TV, _TOPK),
+    "dppo_topk_kl": lambda config: _dppo(config, _KL, _TOPK),
+    "ppo": _ppo,
+    "spo": lambda config: (
+        f"r A - |A| / (2 * {config.spo_epsilon:g}) * (r - 1)^2",
+        f"the gradient weight 1 - sign(A (r - 1)) |r - 1| / {config.spo_epsilon:g} has no bound",
+    ),
+    "pg_is": lambda config: ("r A", "the gradient weight is 1"),
+    "cispo": lambda config: (
+        f"sg(clip(r, {1 - config.cispo_clip_low:g}, {1 + config.cispo_clip_high:g})) A log pi",
+        "no token loses its gradient, and none counts for more than the limit",
+    ),
+    "gspo": lambda config: (
+        f"min(s A, clip(s, {1 - config.gspo_clip_low:g}, {1 + config.gspo_clip_high:g}) A)",
+        "s is the geometric mean of r over the tokens of the sequence",
     ),
 }
 """Each objective as maximised, and what its constants mean."""
@@ -47,7 +104,7 @@ def _as_flag(name: str, value: object) -> str:
     if isinstance(value, bool):
         return flag(name if value else f"no_{name}")
     if isinstance(value, tuple):
-        return " ".join([flag(name), *map(str, value)])
+        return " ".join([flag(name), *map(str, value)]) if value else f"{flag(name)} (none)"
     return f"{flag(name)} {value}"
 
 
@@ -103,7 +160,6 @@ def _memory(config: Config, inputs: Inputs, world_size: int) -> list[str]:
         rollout.rollout_prompts_per_step // dp * rollout.rollout_samples_per_prompt,
     )
     per_token = 2 * architecture.key_value_size // tp * (architecture.num_layers // pp) * width
-    budget = config.train.max_tokens_per_microbatch
     parts = {
         f"weights, {parameters:,} parameters": parameters * width,
         "gradients, fp32": parameters * 4,
@@ -112,10 +168,38 @@ def _memory(config: Config, inputs: Inputs, world_size: int) -> list[str]:
     if inputs.rollouts is None or inputs.eval_prompts:  # something is generated
         longest = _longest(config, inputs)
         parts[f"KV cache, {slots} slots of {longest} tokens"] = slots * longest * per_token
-    logits = budget * architecture.vocab_size // tp * 4
-    parts[f"logits of one row of {budget} tokens, fp32"] = logits
+    parts |= _output_memory(config, inputs, tp)
     parts["together"] = sum(parts.values())
     return [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in parts.items()]
+
+
+def _output_memory(config: Config, inputs: Inputs, tp: int) -> dict[str, int]:
+    """What the output layer and the other models that the objective compares with take."""
+    architecture, train = inputs.architecture, config.train
+    width = 2 if config.model.bf16 else 4
+    row = train.max_tokens_per_microbatch
+    logits = row * architecture.vocab_size // tp * 4
+    if train.fused_output:
+        mixed = config.model.bf16 and inputs.device.kind == "cuda"
+        default = CHUNK_BYTES_MIXED if mixed else CHUNK_BYTES
+        chunk = default if train.output_chunk_mib is None else train.output_chunk_mib << 20
+        parts = {"logits of the tokens in one chunk, and their gradient": min(logits, chunk)}
+    else:
+        parts = {f"logits of one row of {row} tokens": logits}
+    if inputs.reference is not None:
+        pp = config.parallel.pipeline_model_parallel_size
+        size = _num_parameters(replace(inputs, architecture=inputs.reference), tp, pp)
+        parts[f"weights of the reference model, {size:,} parameters"] = size * width
+    needs = build_objective(config.objective).needs
+    kept = architecture.hidden_size * needs.behaviour_l2
+    if inputs.reference is not None:
+        kept += inputs.reference.hidden_size * needs.reference_kl
+    if kept:
+        rollout = config.rollout
+        tokens = rollout.rollout_prompts_per_step * rollout.rollout_samples_per_prompt
+        tokens *= rollout.rollout_max_response_length
+        parts["hidden states of the batch, kept for whole distributions"] = tokens * kept * width
+    return parts
 
 
 def _longest(config: Config, inputs: Inputs) -> int:
@@ -149,8 +233,49 @@ def _consequences(config: Config, inputs: Inputs) -> list[str]:
 
 
 def _objective(config: Config) -> list[str]:
-    aggregation = config.objective.loss_aggregation
-    if aggregation == "seq-mean-token-sum-norm":
-        aggregation += f", sums divided by {config.loss_token_horizon}"
-    formula, constants = _FORMULAS[config.objective.objective](config.objective)
-    return [f"{config.objective.objective}: {formula}", constants, f"aggregation {aggregation}"]
+    aggregated = f"aggregation {config.objective.loss_aggregation}"
+    if config.objective.loss_aggregation == "seq-mean-token-sum-norm":
+        aggregated += f", sums divided by {config.loss_token_horizon}"
+    objective = config.objective
+    lines = ["a function of your own, per token"]
+    if objective.objective in _FORMULAS:
+        lines = [*_FORMULAS[objective.objective](objective)]
+    decoupled = objective.proximal_policy == "trainer"
+    if decoupled:
+        lines.append("mu stands for the trainer's own probability before the batch's first update")
+    lines[0] = f"{objective.objective}: {lines[0]}"
+    return [*lines, "r = pi / mu", *_corrections(objective), *_terms(objective), aggregated]
+
+
+def _corrections(objective: ObjectiveConfig) -> list[str]:
+    if not objective.corrects:
+        return []
+    decoupled = objective.proximal_policy == "trainer"
+    lines = [
+        "rho = trainer before the first update / sampler, a constant factor"
+        if decoupled
+        else "rho = r as a constant"
+    ]
+    if objective.tis_limit is not None:
+        lines.append(f"rho counts as {objective.tis_limit:g} at most")
+    low, high = objective.icepop_low, objective.icepop_high
+    if low is not None or high is not None:
+        inside = f"[{low or 0:g}, {math.inf if high is None else high:g}]"
+        lines.append(f"tokens with rho outside {inside} are masked")
+    if objective.sequence_mask != "off":
+        low, high = objective.sequence_mask_low, objective.sequence_mask_high
+        mean = "geometric mean" if objective.sequence_mask == "geometric" else "product"
+        lines.append(f"sequences with the {mean} of rho outside [{low:g}, {high:g}] are masked")
+    return lines
+
+
+def _terms(objective: ObjectiveConfig) -> list[str]:
+    lines = []
+    if objective.kl_coef:
+        source = objective.reference_model or "--hf-model"
+        kind = objective.kl_estimator
+        how = "over the whole vocabulary" if kind == "full" else f"estimated by {kind}"
+        lines.append(f"- {objective.kl_coef:g} * KL(pi || {source}), {how}")
+    if objective.entropy_coef:
+        lines.append(f"+ {objective.entropy_coef:g} * entropy of pi")
+    return lines

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,29 @@ _NEAREST_TO_CERTAIN = -(2.0**-24)
 
 @dataclass(frozen=True, eq=False)
 class TokenDiagnostics:
-    """Every loss token of one optimizer update, or of one scoring pass.
+    """Every loss token of one optimizer update.
 
     Example, two tokens, the policy having moved on the second only:
         TokenDiagnostics(logprobs=tensor([-0.5, -1.0]), behaviour_logprobs=tensor([-0.5, -1.2]),
-                         advantages=tensor([0.6, -0.4]), gradient_weight=tensor([1.0, 1.005]),
-                         entropy=tensor([0.9, 1.4]))
+                         old_logprobs=tensor([-0.5, -1.2]), advantages=tensor([0.6, -0.4]),
+                         gradient_weight=tensor([1.0, 1.005]), entropy=tensor([0.9, 1.4]),
+                         objective={"penalty": tensor([0.0, 0.001])})
     """
 
     logprobs: Tensor
     """fp32 [T], log pi under the trainer."""
     behaviour_logprobs: Tensor
     """fp32 [T], log mu."""
+    old_logprobs: Tensor
+    """fp32 [T], log pi under the trainer before the first update of the batch."""
     advantages: Tensor
     """fp32 [T]."""
     gradient_weight: Tensor
     """fp32 [T], w of the objective: d objective / d log pi = ratio * advantage * w."""
     entropy: Tensor
     """fp32 [T], nats, of the trainer's distribution at the token."""
+    objective: Mapping[str, Tensor] = field(default_factory=dict)
+    """fp32 [T] each: what the objective says of each token besides."""
 
     @property
     def ratio(self) -> Tensor:
@@ -69,12 +74,24 @@ class TokenDiagnostics:
 
     def cpu(self) -> TokenDiagnostics:
         """The same on the CPU."""
-        return TokenDiagnostics(*(getattr(self, f.name).cpu() for f in fields(self)))
+        return self._map(lambda values: values[0].cpu(), [self])
 
     @classmethod
     def cat(cls, parts: Sequence[TokenDiagnostics]) -> TokenDiagnostics:
         """One record of all tokens of `parts` (at least one), in their order."""
-        return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+        return cls._map(torch.cat, parts)
+
+    @classmethod
+    def _map(
+        cls, merge: Callable[[list[Tensor]], Tensor], parts: Sequence[TokenDiagnostics]
+    ) -> TokenDiagnostics:
+        names = [f.name for f in fields(cls) if f.name != "objective"]
+        return cls(
+            **{name: merge([getattr(part, name) for part in parts]) for name in names},
+            objective={
+                name: merge([part.objective[name] for part in parts]) for name in parts[0].objective
+            },
+        )
 
 
 def quantiles(values: Tensor, levels: Sequence[float]) -> list[Tensor]:
@@ -121,7 +138,9 @@ def trust_region_statistics(d: TokenDiagnostics, log_ratio_limit: float) -> dict
     and KL(mu || pi) of that binary split, and `k3` the estimate of the full KL(mu || pi) by
     r - 1 - log r (http://joschu.net/blog/kl-approx.html). `divergence/tv_mu_*` is the total
     variation by bucket of mu (absent where no token falls in it), `divergence/share_mu_*` the
-    share of tokens in it. Computed in fp64.
+    share of tokens in it. `drift/*` compare the trainer with itself before the batch's first
+    update, which leaves the engine gap out; `objective/*` are means of what the objective says of
+    each token. Computed in fp64.
 
     Args:
         d: the tokens, T of them; T = 0 gives an empty dict.
@@ -132,6 +151,7 @@ def trust_region_statistics(d: TokenDiagnostics, log_ratio_limit: float) -> dict
     log_p, log_m = d.logprobs.double(), d.behaviour_logprobs.double()
     log_ratio, mu, weight = log_p - log_m, log_m.exp(), d.gradient_weight.double()
     total_variation = (log_p.exp() - mu).abs()
+    drift = log_p - d.old_logprobs.double()
     # Relative to the largest ratio, so that the squares cannot overflow.
     relative = (log_ratio - log_ratio.max()).exp()
     weight_p01, weight_p50, weight_p99 = quantiles(weight, (0.01, 0.5, 0.99))
@@ -150,8 +170,13 @@ def trust_region_statistics(d: TokenDiagnostics, log_ratio_limit: float) -> dict
         "divergence/binary_tv": total_variation.mean(),
         "divergence/binary_kl": _binary_kl(log_m, log_p).mean(),
         "divergence/k3": (log_ratio.expm1() - log_ratio).mean(),
+        "drift/mean_abs": drift.abs().mean(),
+        "drift/max_abs": drift.abs().max(),
+        "drift/k3": (drift.expm1() - drift).mean(),
         "entropy/mean": d.entropy.double().mean(),
     }
+    for name, values in d.objective.items():
+        statistics[f"objective/{name}"] = values.double().mean()
     for name, (above, up_to) in MU_BUCKETS.items():
         inside = ((mu > above) & (mu <= up_to)).double()
         if above == 0:  # a probability that underflowed to 0 belongs here as well

@@ -21,6 +21,7 @@ from megatron_drpo.checkpoint.resume import LATEST, check_same_run, latest
 from megatron_drpo.config import Config
 from megatron_drpo.device import Device, choose_device
 from megatron_drpo.errors import ConfigError, DrpoError
+from megatron_drpo.objectives import build_objective
 from megatron_drpo.prompts import PromptSampler, load_tokenizer, read_prompts, stop_ids
 from megatron_drpo.rewards import check_prompts, load_reward
 from megatron_drpo.rollout.files import read_rollouts
@@ -46,6 +47,8 @@ class Inputs:
     """Training prompts; empty with `--rollouts-file`."""
     eval_prompts: Sequence[Prompt]
     """Held-out prompts; empty without `--eval-prompts`."""
+    reference: Architecture | None
+    """Of the frozen reference model; None where the objective needs none."""
     rollouts: Sequence[tuple[Rollout, float | None]] | None
     """Rollouts of `--rollouts-file`, each with its reward if recorded; None: they are generated."""
 
@@ -89,22 +92,47 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
     if rank == 0:
         _check_output_directory(config, problems)
     problems.attempt(load_reward, config.reward.reward)
-    architecture = _architecture(config.model.hf_model, problems)
+    architecture = _architecture("--hf-model", config.model.hf_model, problems)
     inputs = None
     if architecture is not None:
-        _check_against_model(config, architecture, problems)
+        _check_against_model("the model", config, architecture, problems)
         if rank == 0:
             problems.attempt(verify_checkpoint, config.model.hf_model, architecture)
-        inputs = _read(config, device, architecture, problems)
+        reference = _reference(config, architecture, rank, problems)
+        inputs = _read(config, device, architecture, reference, problems)
     problems.raise_all()
     assert inputs is not None, "without a problem, everything was read"
     return inputs
 
 
-def _architecture(model: str, problems: _Problems) -> Architecture | None:
+def _reference(
+    config: Config, policy: Architecture, rank: int, problems: _Problems
+) -> Architecture | None:
+    """The reference model's architecture, where a KL divergence to it is asked for."""
+    if not config.objective.kl_coef:
+        return None
+    model = config.objective.reference_model
+    if model is None:
+        return policy
+    architecture = _architecture("--reference-model", model, problems)
+    if architecture is None:
+        return None
+    if architecture.vocab_size != policy.vocab_size:
+        problems.add(
+            f"--reference-model {model}: has {architecture.vocab_size} token ids, --hf-model "
+            f"{config.model.hf_model} {policy.vocab_size}; a divergence compares probabilities of "
+            "the same ids, so use a model of the same tokenizer"
+        )
+    _check_against_model("the reference model", config, architecture, problems)
+    if rank == 0:
+        problems.attempt(verify_checkpoint, model, architecture)
+    return architecture
+
+
+def _architecture(name: str, model: str, problems: _Problems) -> Architecture | None:
     if not Path(model).is_dir():
         problems.add(
-            f"--hf-model {model}: no such directory; give one on this machine (a model of the hub "
+            f"{name} {model}: no such directory; give one on this machine (a model of the hub "
             "has to be downloaded first: hf download)"
         )
         return None
@@ -145,7 +173,9 @@ def _check_transformer_engine(config: Config, device: Device | None, problems: _
         )
 
 
-def _check_against_model(config: Config, architecture: Architecture, problems: _Problems) -> None:
+def _check_against_model(
+    whose: str, config: Config, architecture: Architecture, problems: _Problems
+) -> None:
     tp = config.parallel.tensor_model_parallel_size
     split = {
         name: getattr(architecture, name)
@@ -159,7 +189,7 @@ def _check_against_model(config: Config, architecture: Architecture, problems: _
             if not any(total % size for total in split.values())
         ]
         problems.add(
-            f"--tensor-model-parallel-size {tp}: does not divide {', '.join(uneven)} of the model "
+            f"--tensor-model-parallel-size {tp}: does not divide {', '.join(uneven)} of {whose} "
             f"(config.json); use one of {', '.join(fitting)}"
         )
     pp = config.parallel.pipeline_model_parallel_size
@@ -168,7 +198,7 @@ def _check_against_model(config: Config, architecture: Architecture, problems: _
         problems.add(
             f"--pipeline-model-parallel-size {pp} --num-virtual-stages-per-pipeline-rank "
             f"{virtual}: their product {pp * virtual} must divide num_layers "
-            f"{architecture.num_layers} of the model (config.json); use products among "
+            f"{architecture.num_layers} of {whose} (config.json); use products among "
             + ", ".join(map(str, _divisors(architecture.num_layers)))
         )
     response, context = (
@@ -225,7 +255,11 @@ def _check_steps_left(config: Config, checkpoint: Path, problems: _Problems) -> 
 
 
 def _read(
-    config: Config, device: Device | None, architecture: Architecture, problems: _Problems
+    config: Config,
+    device: Device | None,
+    architecture: Architecture,
+    reference: Architecture | None,
+    problems: _Problems,
 ) -> Inputs | None:
     """The files that need the model's tokenizer; None if one of them cannot be used."""
     model, rollout = config.model.hf_model, config.rollout
@@ -265,9 +299,10 @@ def _read(
         shuffle = config.data.shuffle_prompts
         problems.attempt(PromptSampler, len(prompts), per_step, seed, shuffle)
     _check_row_budget(config, prompts, rollouts or (), problems)
+    problems.attempt(_check_topk, config, architecture, rollouts or (), problems)
     if ends is None or device is None:
         return None
-    return Inputs(device, architecture, tokenizer, ends, prompts, eval_prompts, rollouts)
+    return Inputs(device, architecture, tokenizer, ends, prompts, eval_prompts, reference, rollouts)
 
 
 def _check_rollouts(
@@ -285,6 +320,37 @@ def _check_rollouts(
     if any(reward is None for _, reward in rollouts):
         recorded = [taken.prompt for taken, _ in rollouts]
         problems.attempt(check_prompts, config.reward.reward, recorded)
+
+
+def _check_topk(
+    config: Config,
+    architecture: Architecture,
+    rollouts: Sequence[tuple[Rollout, float | None]],
+    problems: _Problems,
+) -> None:
+    """An objective over the behaviour policy's likeliest ids needs rollouts that carry them."""
+    name, asked = config.objective.objective, config.rollout.rollout_topk
+    needed = build_objective(config.objective).needs.topk
+    if asked > architecture.vocab_size:
+        problems.add(
+            f"--rollout-topk {asked}: the model has {architecture.vocab_size} token ids; use at "
+            "most as many"
+        )
+    if rollouts and needed and rollouts[0][0].topk_ids is None:
+        problems.add(
+            f"--rollouts-file {config.rollout.rollouts_file}: --objective {name} needs the "
+            "behaviour policy's likeliest ids, but its lines have no `topk_ids` and "
+            "`topk_logprobs`; record them with --rollout-topk 20 --save-rollouts"
+        )
+    if config.rollout.rollouts_file is None and needed and not asked:
+        problems.add(
+            f"--objective {name}: needs the behaviour policy's likeliest ids; use --rollout-topk 20"
+        )
+    if asked and not needed and not config.rollout.save_rollouts:
+        problems.add(
+            f"--rollout-topk {asked}: neither --objective {name} reads it nor --save-rollouts "
+            "writes it; drop it (to truncate sampling is --rollout-top-k)"
+        )
 
 
 def _check_row_budget(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -253,6 +254,22 @@ def _draw_weight(run: Run) -> Figure | None:
     return figure
 
 
+def _draw_objective(run: Run) -> Figure | None:
+    names = sorted({n for line in run.metrics.values() for n in line if n.startswith("objective/")})
+    lines = [
+        Line(name, name.removeprefix("objective/").replace("_", " "), color)
+        for name, color in zip(names, itertools.cycle(_BUCKET_COLORS), strict=False)
+        if run.finite(name)
+    ]
+    if not lines:
+        return None
+    figure, (ax,) = _figure()
+    Panel("mean over tokens", tuple(lines)).draw(ax, run)
+    _step_axis(ax)
+    _legend(ax)
+    return figure
+
+
 def _draw_histogram(name: str, xlabel: str) -> Callable[[Run], Figure | None]:
     """The distribution at the first and at the last step that has one."""
 
@@ -356,17 +373,24 @@ PLOTS: tuple[Plot | Drawing, ...] = (
         ),
     ),
     Drawing(
-        "DRPO gradient weight",
-        "The factor on each token's policy gradient: 1 leaves it alone, below 1 damps a token that "
-        "moves away from the behaviour policy, above 1 speeds up its return. A band that keeps "
-        "widening says that updates are too large for delta.",
+        "Gradient weight",
+        "The objective's factor on each token's policy gradient: 1 leaves it alone, 0 clips or "
+        "masks it; under DRPO, below 1 damps a token that moves away from the behaviour policy and "
+        "above 1 speeds up its return. A band that keeps widening says that updates are too large "
+        "for the trust region.",
         _draw_weight,
     ),
     Drawing(
-        "DRPO gradient weight, distribution",
+        "Gradient weight, distribution",
         "The same over all tokens of the first and the last step; the outermost bins of a "
         "distribution also hold its tails. Weights below 0 push a token back.",
         _draw_histogram("weight", "gradient weight w"),
+    ),
+    Drawing(
+        "What the objective does",
+        "Means over all tokens of what the objective says of each: shares of clipped or masked "
+        "tokens, penalties, divergences from the reference model.",
+        _draw_objective,
     ),
     Plot(
         "Importance ratio",
@@ -446,6 +470,22 @@ PLOTS: tuple[Plot | Drawing, ...] = (
                 log=True,
             ),
             Panel("equal tokens", (Line("engine_gap/exact_share", "share", GREEN),), share=True),
+        ),
+    ),
+    Plot(
+        "Drift within a step",
+        "|log pi - log pi before the step's first update|, both by the trainer, so without the "
+        "engine gap: how far the updates on one batch carry the policy. The first update sees 0.",
+        (
+            Panel(
+                "nats per token",
+                (
+                    Line("drift/max_abs", "max", ORANGE),
+                    Line("drift/mean_abs", "mean", BLUE),
+                    Line("drift/k3", "KL (k3)", GREEN, "--"),
+                ),
+                log=True,
+            ),
         ),
     ),
     Plot(

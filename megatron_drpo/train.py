@@ -45,7 +45,8 @@ from megatron_drpo.report import write_report
 from megatron_drpo.rollout.engine import Completion, Request, Sampling
 from megatron_drpo.rollout.files import write_rollouts
 from megatron_drpo.rollout.inprocess import InProcessEngine
-from megatron_drpo.types import Prompt, Rollout, Trajectory
+from megatron_drpo.types import Prompt, Rollout, Row, Trajectory
+from megatron_drpo.vocab_parallel.sweep import describe_sweep
 
 _EVAL_STREAM = 1 << 40
 """Evaluation draws from streams of its own, the same ones each time."""
@@ -70,7 +71,10 @@ class _Run:
         )
         self.say(f"device: {inputs.device.kind} ({inputs.device.backend}): {inputs.device.reason}")
         self.say(f"layout: {layout}; layers: {implementation}")
-        self.policy = Policy.load(config, inputs.architecture, layout, inputs.device)
+        self.say(f"vocabulary sweep: {describe_sweep(inputs.device.kind)}")
+        self.policy = Policy.load(
+            config, inputs.architecture, layout, inputs.device, inputs.reference
+        )
         self.engine = InProcessEngine(self.policy, max_slots=config.rollout.rollout_max_slots)
         self.reward = rewards.load_reward(config.reward.reward)
         self.timer = PhaseTimer(inputs.device.synchronize)
@@ -171,9 +175,10 @@ class _Run:
             write_rollouts(path, trajectories)
         scalars = rollout_statistics(trajectories)
         with self.timer.phase("score"):
-            scalars |= self._score(trajectories)
+            updates = self._annotate(trajectories)
+            scalars |= self._engine_gap(updates)
         with self.timer.phase("train"):
-            updated, tokens = self._update(trajectories)
+            updated, tokens = self._update(updates)
         scalars |= updated
         scalars["tokens/response"] = sum(t.rollout.response_ids.numel() for t in trajectories)
         scalars["tokens/total"] = scalars["tokens/response"] + sum(
@@ -209,6 +214,7 @@ class _Run:
             max_response_length=config.rollout_max_response_length,
             stop_ids=self.inputs.stop_ids,
             seed=self.config.train.seed + (self.step << 32),
+            record_topk=config.rollout_topk,
         )
         with self.timer.phase("generate"):
             rollouts = self._generate(prompts, samples, sampling, first_stream=0)
@@ -253,6 +259,8 @@ class _Run:
                 finish_reason=done.finish_reason,
                 policy_version=self.policy.num_updates,
                 response_text=text,
+                topk_ids=done.topk_ids,
+                topk_logprobs=done.topk_logprobs,
             )
             for (i, sample), done, text in zip(jobs, completions, texts, strict=True)
         ]
@@ -281,14 +289,24 @@ class _Run:
 
     # The trainer's side.
 
-    def _score(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """The engine gap: behaviour log-probs against the trainer's, before any update."""
-        rows = self.policy.pack(trajectories)
-        scores = self.policy.score(rows)
+    def _annotate(self, trajectories: Sequence[Trajectory]) -> list[list[Row]]:
+        """The rows of each update, with what the policy says of them before the first one."""
+        config = self.config
+        shares = split_updates(
+            trajectories,
+            config.rollout.rollout_samples_per_prompt,
+            config.train.updates_per_rollout,
+            (config.train.seed, self.step),
+        )
+        return self.policy.annotate([self.policy.pack(share) for share in shares])
+
+    def _engine_gap(self, updates: Sequence[Sequence[Row]]) -> dict[str, float]:
+        """Behaviour log-probs against the trainer's, before any update; the same on every rank."""
         pair = None
-        if scores and self.layout.tp_rank == 0:
+        if self.layout.is_last_stage and self.layout.tp_rank == 0:
+            rows = [row for rows in updates for row in rows]
             pair = (
-                torch.cat([score.logprobs for score in scores]).cpu(),
+                torch.cat([row.old_logprobs for row in rows if row.old_logprobs is not None]).cpu(),
                 torch.cat([row.behaviour_logprobs for row in rows]).cpu(),
             )
         pairs = self.layout.gather_objects(pair)
@@ -307,19 +325,12 @@ class _Run:
         return gap
 
     def _update(
-        self, trajectories: Sequence[Trajectory]
+        self, rows_of_updates: Sequence[Sequence[Row]]
     ) -> tuple[dict[str, float], TokenDiagnostics | None]:
         """All optimizer updates of the batch; on rank 0 also the diagnostics of every token."""
-        config = self.config
-        shares = split_updates(
-            trajectories,
-            config.rollout.rollout_samples_per_prompt,
-            config.train.updates_per_rollout,
-            (config.train.seed, self.step),
-        )
         losses, updates, parts = [], [], []
-        for share in shares:
-            loss, tokens = self.policy.forward_backward(self.policy.pack(share))
+        for rows in rows_of_updates:
+            loss, tokens = self.policy.forward_backward(rows)
             updates.append(self.policy.optim_step())
             losses.append(loss)
             if tokens is not None:
@@ -328,7 +339,7 @@ class _Run:
         message = None
         if parts and self.layout.tp_rank == 0:
             message = TokenDiagnostics.cat(parts).cpu()
-        received = self.layout.gather_objects(message)
+        received = self.layout.gather_to_main(message)
         norms = [update.grad_norm for update in updates]
         scalars = {
             # Each update has a loss and a norm of its own: these are means over the updates.

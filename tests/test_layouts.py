@@ -169,7 +169,8 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
                 for row, s in zip(rows, policy.score(rows), strict=False)
                 for n in range(row.cu_seqlens.numel() - 1)
             ]
-            result["loss"], _ = policy.forward_backward(rows)
+            [annotated] = policy.annotate([rows])
+            result["loss"], _ = policy.forward_backward(annotated)
             update = policy.optim_step()
             result["grad_norm"], result["skipped"] = update.grad_norm, update.skipped
             name = f"{family}-{'-'.join(map(str, size))}"
@@ -195,12 +196,12 @@ def _poison(policy) -> dict[str, object]:
     batch = trajectories()
     bad = [replace(batch[0], advantage=math.inf), *batch[1:]]
     before = [p.detach().clone() for model in policy.models for p in model.parameters()]
-    policy.forward_backward(policy.pack(bad))
+    policy.forward_backward(*policy.annotate([policy.pack(bad)]))
     update = policy.optim_step()
     after = [p.detach() for model in policy.models for p in model.parameters()]
     unchanged = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     version = policy.num_updates
-    loss, _ = policy.forward_backward(policy.pack(batch))
+    loss, _ = policy.forward_backward(*policy.annotate([policy.pack(batch)]))
     return {
         "skipped": update.skipped,
         "unchanged": unchanged,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,13 @@ def diagnostics(num_tokens: int, seed: int = 0) -> TokenDiagnostics:
         advantages=torch.randn(num_tokens, generator=g),
         gradient_weight=1 + 0.6 * torch.randn(num_tokens, generator=g),
         entropy=torch.rand(num_tokens, generator=g),
+        old_logprobs=behaviour + 0.01 * torch.randn(num_tokens, generator=g),
+        objective={"penalty": torch.rand(num_tokens, generator=g)},
     )
+
+
+def one_token(log_p: torch.Tensor, log_m: torch.Tensor) -> TokenDiagnostics:
+    return TokenDiagnostics(log_p, log_m, log_m, *[torch.ones_like(log_m)] * 3)
 
 
 def trajectory(prompt: str, sample: int, reward: float, length: int, finish: str) -> Trajectory:
@@ -68,7 +75,7 @@ def test_trust_region_statistics_match_numpy():
     log_p = d.logprobs.numpy().astype(np.float64)
     log_m = d.behaviour_logprobs.numpy().astype(np.float64)
     w, p, m = d.gradient_weight.numpy().astype(np.float64), np.exp(log_p), np.exp(log_m)
-    r = p / m
+    r, drift = p / m, log_p - d.old_logprobs.numpy().astype(np.float64)
     expected = {
         "weight/mean": w.mean(),
         "weight/p01": np.quantile(w, 0.01),
@@ -83,6 +90,10 @@ def test_trust_region_statistics_match_numpy():
         "ratio/beyond_limit": np.sum(np.abs(np.log(r)) > 0.7),
         "divergence/binary_tv": np.abs(p - m).mean(),
         "divergence/k3": (r - 1 - np.log(r)).mean(),
+        "drift/mean_abs": np.abs(drift).mean(),
+        "drift/max_abs": np.abs(drift).max(),
+        "drift/k3": (np.exp(drift) - 1 - drift).mean(),
+        "objective/penalty": d.objective["penalty"].numpy().astype(np.float64).mean(),
         "entropy/mean": d.entropy.numpy().astype(np.float64).mean(),
     }
     edges = {
@@ -106,8 +117,7 @@ def test_trust_region_statistics_match_numpy():
 @pytest.mark.parametrize(("m", "p"), [(0.3, 0.5), (0.999, 0.2), (1e-6, 1e-3), (0.7, 0.7)])
 def test_binary_kl_closed_form(m: float, p: float):
     log_m, log_p = torch.tensor([m]).log(), torch.tensor([p]).log()
-    one = torch.ones(1)
-    got = trust_region_statistics(TokenDiagnostics(log_p, log_m, one, one, one), 20.0)
+    got = trust_region_statistics(one_token(log_p, log_m), 20.0)
     m, p = math.exp(log_m.item()), math.exp(log_p.item())  # as fp32 holds them
     kl = m * math.log(m / p) + (1 - m) * math.log((1 - m) / (1 - p))
     assert got["divergence/binary_kl"] == pytest.approx(kl, rel=1e-6, abs=1e-15)
@@ -116,8 +126,7 @@ def test_binary_kl_closed_form(m: float, p: float):
 @pytest.mark.parametrize("log_m", [0.0, -1e-9, -0.7, -200.0, -1e4])
 @pytest.mark.parametrize("log_p", [0.0, -1e-9, -0.7, -200.0])
 def test_statistics_stay_finite_at_certainty_and_underflow(log_m: float, log_p: float):
-    one = torch.ones(1)
-    d = TokenDiagnostics(torch.tensor([log_p]), torch.tensor([log_m]), one, one, one)
+    d = one_token(torch.tensor([log_p]), torch.tensor([log_m]))
     got = trust_region_statistics(d, 20.0)
     kl, ess = got["divergence/binary_kl"], got["ratio/effective_sample_size"]
     assert math.isfinite(kl) and kl >= 0
@@ -128,13 +137,12 @@ def test_statistics_stay_finite_at_certainty_and_underflow(log_m: float, log_p: 
 
 def test_equal_policies_diverge_nowhere():
     d = diagnostics(500)
-    same = TokenDiagnostics(
-        d.logprobs, d.logprobs, d.advantages, torch.ones_like(d.entropy), d.entropy
-    )
+    same = replace(d, behaviour_logprobs=d.logprobs, old_logprobs=d.logprobs)
     got = trust_region_statistics(same, 20.0)
     assert {n: v for n, v in got.items() if n.startswith("divergence/") and "share" not in n} == {
         n: 0.0 for n in got if n.startswith("divergence/") and "share" not in n
     }
+    assert {v for n, v in got.items() if n.startswith("drift/")} == {0.0}
     for name in ("ratio/mean", "ratio/max", "ratio/p99", "ratio/effective_sample_size"):
         assert got[name] == 1.0
     assert engine_gap_statistics(d.logprobs, d.logprobs) == {
@@ -147,14 +155,13 @@ def test_equal_policies_diverge_nowhere():
 
 
 def test_empty_buckets_are_left_out_and_no_tokens_give_nothing():
-    one = torch.ones(1)
-    d = TokenDiagnostics(torch.tensor([-0.6]), torch.tensor([-0.5]), one, one, one)
+    d = one_token(torch.tensor([-0.6]), torch.tensor([-0.5]))
     got = trust_region_statistics(d, 20.0)
     assert [n for n in got if "tv_mu" in n] == ["divergence/tv_mu_1e-1_1"]
     assert got["divergence/share_mu_1e-1_1"] == 1.0
     assert got["divergence/share_mu_le_1e-4"] == 0.0
     none = torch.empty(0)
-    assert trust_region_statistics(TokenDiagnostics(none, none, none, none, none), 20.0) == {}
+    assert trust_region_statistics(one_token(none, none), 20.0) == {}
     assert engine_gap_statistics(none, none) == {}
     assert rollout_statistics([]) == {}
 
@@ -167,12 +174,10 @@ def test_order_and_split_of_the_tokens_do_not_matter(num_tokens: int, seed: int,
     cut = data.draw(st.integers(0, num_tokens))
 
     def pick(index: torch.Tensor) -> TokenDiagnostics:
+        fields = {name: value for name, value in vars(d).items() if name != "objective"}
         return TokenDiagnostics(
-            d.logprobs[index],
-            d.behaviour_logprobs[index],
-            d.advantages[index],
-            d.gradient_weight[index],
-            d.entropy[index],
+            **{name: value[index] for name, value in fields.items()},
+            objective={name: value[index] for name, value in d.objective.items()},
         )
 
     shuffled = TokenDiagnostics.cat([pick(order[:cut]), pick(order[cut:])])

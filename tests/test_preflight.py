@@ -211,6 +211,54 @@ def test_recorded_rollouts_are_read(flags: list[str]) -> None:
     assert "answer" in refused(DataError, argv)  # --reward exact has nothing to compare with
 
 
+def test_likeliest_ids_are_asked_for_where_they_are_needed_and_only_there(flags: list[str]) -> None:
+    topk = [*flags, "--objective", "dppo_topk_kl"]
+    message = refused(ConfigError, topk)
+    assert "--objective dppo_topk_kl" in message and "--rollout-topk 20" in message
+    check([*topk, "--rollout-topk", "5"])
+    assert "has 61 token ids" in refused(ConfigError, [*topk, "--rollout-topk", "62"])
+    message = refused(ConfigError, [*flags, "--rollout-topk", "5"])
+    assert "--rollout-topk 5" in message and "--save-rollouts" in message
+    check([*flags, "--rollout-topk", "5", "--save-rollouts"])
+
+
+def test_recorded_rollouts_must_hold_what_the_objective_reads(flags: list[str]) -> None:
+    line = (
+        '{"id": "a", "prompt": "1+1=", "prompt_ids": [4, 13, 4, 14], "sample": %d, '
+        '"response": "2", "response_ids": [5], "behaviour_logprobs": [-0.5], '
+        '"finish_reason": "stop", "policy_version": 0, "reward": 1.0%s}\n'
+    )
+    argv = [*flags, "--rollouts-file", "r.jsonl", "--prompts", "None"]
+    argv += ["--rollout-prompts-per-step", "1", "--updates-per-rollout", "1"]
+    Path("r.jsonl").write_text(line % (0, "") + line % (1, ""))
+    message = refused(ConfigError, [*argv, "--objective", "dppo_topk_tv"])
+    assert "r.jsonl" in message and "`topk_ids`" in message and "--save-rollouts" in message
+    message = refused(ConfigError, [*argv, "--drpo-penalty", "full"])
+    assert "--drpo-penalty full" in message and "--rollouts-file" in message
+    likeliest = ', "topk_ids": [[5, 6]], "topk_logprobs": [[-0.5, -2.0]]'
+    Path("r.jsonl").write_text(line % (0, likeliest) + line % (1, likeliest))
+    inputs = check([*argv, "--objective", "dppo_topk_tv"])
+    assert inputs.rollouts is not None and inputs.rollouts[0][0].topk_ids is not None
+
+
+def test_the_reference_model_is_checked_as_the_policy_is(flags: list[str]) -> None:
+    from tests.tiny_models import save_tiny
+
+    assert check(flags).reference is None
+    kl = [*flags, "--kl-coef", "0.1"]
+    inputs = check(kl)
+    assert inputs.reference == inputs.architecture
+    message = refused(ConfigError, [*kl, "--reference-model", "gone"])
+    assert "--reference-model gone: no such directory" in message
+    save_tiny(Path("llama"), "llama")
+    other = check([*kl, "--reference-model", "llama"]).reference
+    assert other is not None and other != inputs.architecture
+    path = Path("llama/config.json")
+    path.write_text(path.read_text().replace('"vocab_size": 61', '"vocab_size": 60'))
+    message = refused(ConfigError, [*kl, "--reference-model", "llama"])
+    assert "has 60 token ids" in message and "61" in message
+
+
 def test_a_dry_run_tells_the_consequences_and_leaves_nothing(
     flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,13 +131,15 @@ def test_only_logged_series_are_drawn(tmp_path: Path):
     assert drawn[:4] == [
         "Reward",
         "Held-out accuracy",
-        "DRPO gradient weight",
-        "DRPO gradient weight, distribution",
+        "Gradient weight",
+        "Gradient weight, distribution",
     ]
     assert {p.title for p in PLOTS} - set(drawn) == {
         "Importance ratio, distribution",
         "Divergence from the behaviour policy",
         "Divergence by probability of the token",
+        "Drift within a step",
+        "What the objective does",
         "Entropy, distribution",
         "Response length, distribution",
     }

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megatron_drpo.vocab_parallel import (
     counter_uniforms,
+    logprobs_and_entropy,
     sample,
     sampling,
-    vocab_parallel_logprobs,
 )
 
 COLUMNS, VOCAB = 24, 21
@@ -140,7 +140,7 @@ def test_uniforms_exclude_zero_and_one(monkeypatch: pytest.MonkeyPatch, bits: in
 def test_frequencies_follow_the_law(name: str) -> None:
     options, draws = LAWS[name], 20_000
     logits = some_logits(1)
-    ids, _ = sample(logits.expand(draws, -1), uniforms_of(draws), vocab_size=VOCAB, **options)
+    ids, _, _ = sample(logits.expand(draws, -1), uniforms_of(draws), vocab_size=VOCAB, **options)
     expected = laws(logits, options)[0] * draws
     counts = torch.bincount(ids, minlength=VOCAB)
     assert len(counts) == VOCAB and not counts[expected == 0].any()
@@ -155,7 +155,7 @@ def test_each_draw_inverts_the_cdf_and_reports_its_log_prob(name: str) -> None:
     options, rows = LAWS[name], 600
     logits, u = some_logits(rows), uniforms_of(rows)
     before = logits.clone()
-    ids, logprobs = sample(logits, u, vocab_size=VOCAB, **options)
+    ids, logprobs, kept = sample(logits, u, vocab_size=VOCAB, **options)
     assert torch.equal(logits, before), "the input was changed"
     assert ids.dtype == torch.int64 and logprobs.dtype == torch.float32
     expected = laws(logits, options)
@@ -166,18 +166,69 @@ def test_each_draw_inverts_the_cdf_and_reports_its_log_prob(name: str) -> None:
     assert torch.equal(ids[~on_an_edge], held[~on_an_edge])
     drawn = expected.gather(-1, ids[:, None])[:, 0].log()
     torch.testing.assert_close(logprobs.double(), drawn, rtol=2e-6, atol=2e-6)
+    if not {"top_p", "top_k"} & options.keys():
+        assert kept is None
+        return
+    assert kept is not None and kept.dtype == torch.int64
+    assert kept.size(1) == (expected > 0).sum(-1).max()
+    for row, ids_kept in zip(expected, kept.tolist(), strict=True):
+        by_mass = sorted(row.nonzero()[:, 0].tolist(), key=lambda i, row=row: (-float(row[i]), i))
+        assert ids_kept == by_mass + [-1] * (kept.size(1) - len(by_mass))
+
+
+@pytest.mark.parametrize(("candidates", "growth"), [(1, 2), (3, 2), (20, 64)])
+def test_growing_the_candidates_changes_nothing(monkeypatch, candidates: int, growth: int) -> None:
+    """Rows of one to all ids in the nucleus, so that some need more candidates and some do not."""
+    logits, u = some_logits(200), uniforms_of(200)
+    logits[:, :VOCAB] *= torch.logspace(-2, 1, 200)[:, None]
+    logits[7], logits[8, 3:VOCAB] = 1.0, -torch.inf
+    options = {"temperature": 0.9, "top_p": 0.85, "vocab_size": VOCAB}
+    whole = sample(logits, u, **options)
+    monkeypatch.setattr(sampling, "_CANDIDATES", candidates)
+    monkeypatch.setattr(sampling, "_GROWTH", growth)
+    assert whole.kept is not None
+    sizes = (whole.kept >= 0).sum(-1)
+    assert sizes.min() == 1 and sizes.max() > 15
+    assert all(map(torch.equal, sample(logits, u, **options), whole))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
+def test_large_vocabulary(scale: float) -> None:
+    """More ids than the first candidates; the nucleus as sorting and adding up in fp64 gives it."""
+    logits = scale * torch.randn((20, 6000), generator=torch.Generator().manual_seed(3))
+    drawn = sample(logits, uniforms_of(20), temperature=1.0, top_p=0.9, vocab_size=6000)
+    p, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    sizes = (p.cumsum(-1) < 0.9 - 1e-12).sum(-1) + 1
+    assert drawn.kept is not None and drawn.kept.size(1) == sizes.max()
+    for row in range(20):
+        n = int(sizes[row])
+        assert drawn.kept[row, :n].equal(order[row, :n]) and (drawn.kept[row, n:] == -1).all()
+        place = int((order[row] == drawn.ids[row]).nonzero())
+        expected = (p[row, place] / p[row, :n].sum()).log()
+        torch.testing.assert_close(drawn.logprobs[row].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.5}, {"temperature": 0.0}])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_without_a_law_is_an_error(options: dict, value: float) -> None:
+    logits = some_logits(4)
+    logits[2, slice(VOCAB) if value < 0 else 6] = value
+    with pytest.raises(ValueError, match="row 2: nothing to draw from"):
+        sample(logits, uniforms_of(4), vocab_size=VOCAB, **{"temperature": 1.0, **options})
 
 
 def test_log_prob_without_truncation_is_the_trainers_to_the_bit() -> None:
     logits = some_logits(64)
-    ids, logprobs = sample(logits, uniforms_of(64), temperature=0.7, vocab_size=VOCAB)
-    scored = vocab_parallel_logprobs(logits, ids, temperature=0.7, vocab_size=VOCAB)
+    ids, logprobs, _ = sample(logits, uniforms_of(64), temperature=0.7, vocab_size=VOCAB)
+    scored = logprobs_and_entropy(logits, ids, temperature=0.7, vocab_size=VOCAB)
     assert torch.equal(logprobs, scored.logprobs)
 
 
 def test_greedy_takes_the_likeliest_and_of_equals_the_smaller_id() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 9.0], [2.0, 2.0, 2.0, 2.0, 9.0]])
-    ids, logprobs = sample(logits, torch.tensor([0.9, 0.9]).double(), temperature=0, vocab_size=4)
+    ids, logprobs, _ = sample(
+        logits, torch.tensor([0.9, 0.9]).double(), temperature=0, vocab_size=4
+    )
     assert ids.tolist() == [1, 0] and logprobs.tolist() == [0, 0]
 
 
@@ -186,7 +237,7 @@ def test_of_equals_the_smaller_ids_are_kept(options: dict) -> None:
     """Five equal ids (0 has less): each of the options keeps 1, 2 and 3."""
     logits = torch.tensor([[-1e9, 1.5, 1.5, 1.5, 1.5, 1.5]]).expand(300, -1)
     u = torch.linspace(0.001, 0.999, 300).double()
-    ids, logprobs = sample(logits, u, temperature=1.0, vocab_size=6, **options)
+    ids, logprobs, _ = sample(logits, u, temperature=1.0, vocab_size=6, **options)
     assert torch.bincount(ids, minlength=6).tolist() == [0, 100, 100, 100, 0, 0]
     torch.testing.assert_close(logprobs, torch.full((300,), -math.log(3)))
 
@@ -196,7 +247,7 @@ def test_of_equals_the_smaller_ids_are_kept(options: dict) -> None:
 def test_extreme_uniforms_stay_on_ids_with_mass(options: dict, u: float) -> None:
     logits = some_logits(50)
     logits[:, :3] = logits[:, VOCAB - 2 : VOCAB] = -torch.inf
-    ids, logprobs = sample(
+    ids, logprobs, _ = sample(
         logits,
         torch.full((50,), u, dtype=torch.float64),
         temperature=1.0,
@@ -213,27 +264,30 @@ def test_extreme_uniforms_stay_on_ids_with_mass(options: dict, u: float) -> None
 def test_one_hot_law_has_one_outcome(options: dict, place: int) -> None:
     logits = torch.zeros((100, COLUMNS))
     logits[:, place] = 1e4
-    ids, logprobs = sample(logits, uniforms_of(100), temperature=1.0, vocab_size=VOCAB, **options)
+    ids, logprobs, _ = sample(
+        logits, uniforms_of(100), temperature=1.0, vocab_size=VOCAB, **options
+    )
     assert (ids == place).all() and (logprobs == 0).all()
 
 
 def test_bf16_logits() -> None:
     logits = some_logits(400).bfloat16()
     for options in LAWS.values():
-        ids, logprobs = sample(logits, uniforms_of(400), vocab_size=VOCAB, **options)
+        ids, logprobs, _ = sample(logits, uniforms_of(400), vocab_size=VOCAB, **options)
         drawn = laws(logits, options).gather(-1, ids[:, None])[:, 0].log()
         torch.testing.assert_close(logprobs.double(), drawn, rtol=2e-6, atol=2e-6)
 
 
-def test_no_rows() -> None:
-    ids, logprobs = sample(some_logits(0), uniforms_of(0), temperature=1.0, vocab_size=VOCAB)
-    assert ids.shape == logprobs.shape == (0,)
+@pytest.mark.parametrize("name", LAWS)
+def test_no_rows(name: str) -> None:
+    drawn = sample(some_logits(0), uniforms_of(0), vocab_size=VOCAB, **LAWS[name])
+    assert drawn.ids.shape == drawn.logprobs.shape == (0,)
 
 
 def check_sharded_draws(group: dist.ProcessGroup) -> None:
     """On each rank of `group`: what one rank draws, with the same log-prob bits on all ranks.
 
-    Called by test_vocab_parallel, which has the processes.
+    Called by test_divergence, which has the processes.
     """
     size, rows = group.size(), 400
     logits, u = some_logits(rows), uniforms_of(rows)
@@ -242,9 +296,14 @@ def check_sharded_draws(group: dist.ProcessGroup) -> None:
     u[::7], u[1::7] = 2.0**-53, 1 - 2.0**-53
     shard = logits.chunk(size, -1)[group.rank()].contiguous()
     for name, options in LAWS.items():
-        ids, logprobs = sample(shard, u, vocab_size=VOCAB, group=group, **options)
-        alone, alone_logprobs = sample(logits, u, vocab_size=VOCAB, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            if size > 1:  # so few that rows differ in how often they ask for more
+                patch.setattr(sampling, "_CANDIDATES", 1)
+                patch.setattr(sampling, "_GROWTH", 2)
+            ids, logprobs, kept = sample(shard, u, vocab_size=VOCAB, group=group, **options)
+        alone, alone_logprobs, alone_kept = sample(logits, u, vocab_size=VOCAB, **options)
         assert torch.equal(ids, alone), f"{name}, TP {size}"
+        assert kept is alone_kept or torch.equal(kept, alone_kept), f"{name}, TP {size}"
         torch.testing.assert_close(logprobs, alone_logprobs, rtol=2e-6, atol=2e-6)
         bits = torch.stack([ids, logprobs.view(torch.int32).long()])
         ranks = [torch.empty_like(bits) for _ in range(size)]

@@ -18,8 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-MIN_ROWS = 4
-"""Fewer rows than this make CPU libraries take another GEMM kernel, with other rounding."""
+from megatron_drpo.vocab_parallel.gemm import MIN_ROWS
+
 KEY_BLOCK = 64
 """Key lengths are rounded up to this, so that training and generation sum in the same order."""
 

@@ -34,45 +34,36 @@ VOCAB_MULTIPLE = 16
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose forward pass takes a packed row and gives logits where they are asked for.
+    """GPTModel whose forward pass takes a packed row and ends before the output layer.
 
-    The same forward serves scoring, training and generation; they differ in the layout only.
+    The same forward serves scoring, training and generation; they differ in the layout only. The
+    output layer belongs to `vocab_parallel`, which never holds all of its logits.
     """
 
     def forward(  # type: ignore[override]
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        layout: PackedSeqParams,
-        rows: Tensor | None = None,
+        self, tokens: Tensor, positions: Tensor, layout: PackedSeqParams
     ) -> Tensor:
-        """Hidden states [S, 1, H] on all but the last stage, there logits [T, V/tp].
+        """Hidden states [S, 1, H], on the last stage those after the final norm.
 
         Args:
             tokens, positions: int64 [S].
             layout: how the tokens see each other (`mcore.attention`, or Transformer Engine's).
-            rows: int64 [T], the positions whose logits are computed; unused before the last stage.
         """
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens[None], position_ids=positions[None])
-        hidden = self.decoder(
+        return self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=self._rotary(positions, layout),
             packed_seq_params=layout,
         )
-        if not self.post_process:
-            return hidden
-        weight = None
+
+    def output_weight(self) -> Any:
+        """Parameter [V/tp, H]: the output layer's on the last stage, the embedding's if tied."""
         if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        assert rows is not None, "the last stage needs to know which logits are wanted"
-        # Never fewer rows than MIN_ROWS in a GEMM (`mcore.attention`); none at all is fine too.
-        missing = max(attention.MIN_ROWS - rows.numel(), 0)
-        padded = torch.cat([rows, rows.new_zeros(missing)]) if missing else rows
-        logits, _ = self.output_layer(hidden[padded], weight=weight)
-        return logits[: rows.numel(), 0]
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
     def _rotary(self, positions: Tensor, layout: PackedSeqParams) -> Tensor:
         if layout.qkv_format == "thd":  # Transformer Engine restarts positions by cu_seqlens

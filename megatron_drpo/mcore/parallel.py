@@ -59,6 +59,12 @@ class Layout:
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.control_group)
         return bool(flag)
 
+    def gather_to_main(self, value: Any) -> list[Any]:
+        """The values of all ranks that are not None, in the order of ranks; [] but on rank 0."""
+        received: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, received, group=self.control_group)
+        return [entry for entry in received or () if entry is not None]
+
     def barrier(self) -> None:
         dist.barrier(group=self.control_group)
 

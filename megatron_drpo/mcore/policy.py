@@ -1,7 +1,8 @@
 """The policy under training: Megatron's model, schedule and optimizer behind a few verbs.
 
-In: rows of tokens (`types.Row`). Out: log-probs (`score`), gradients and their statistics
-(`forward_backward`), updated weights (`optim_step`). One forward pass serves scoring and training.
+In: rows of tokens (`types.Row`). Out: log-probs (`score`), rows that know the batch's first policy
+(`annotate`), gradients and their statistics (`forward_backward`), updated weights (`optim_step`).
+One forward pass serves scoring and training.
 
 How the loss is scaled, once: row i returns `sum_t weight_t * loss_t` and the integer `num_items`;
 Megatron adds both over rows and data-parallel ranks (`calculate_per_token_loss`) and divides the
@@ -33,7 +34,6 @@ from megatron_drpo.checkpoint.families import Architecture
 from megatron_drpo.checkpoint.hf import load_hf
 from megatron_drpo.config import Config
 from megatron_drpo.device import Device
-from megatron_drpo.errors import RolloutError
 from megatron_drpo.mcore.attention import row_layout
 from megatron_drpo.mcore.model import PolicyModel, build_model, use_transformer_engine
 from megatron_drpo.mcore.optimizer import build_optimizer
@@ -41,8 +41,9 @@ from megatron_drpo.mcore.parallel import Layout
 from megatron_drpo.metrics import TokenDiagnostics
 from megatron_drpo.objectives import build_objective
 from megatron_drpo.packing import pack
+from megatron_drpo.row_loss import OutputLayer, check_finite, fused_loss, plain_loss, score
 from megatron_drpo.types import Row, Trajectory
-from megatron_drpo.vocab_parallel import TokenLogprobs, vocab_parallel_logprobs
+from megatron_drpo.vocab_parallel import TokenScores
 
 
 @dataclass(frozen=True)
@@ -66,27 +67,51 @@ class Policy:
         self.config, self.architecture = config, architecture
         self.layout, self.device = layout, device
         self.models: list[PolicyModel] = build_model(architecture, config.model, layout, device)
-        self.temperature = config.rollout.rollout_temperature
+        self.reference: list[PolicyModel] = []
+        """The frozen reference model's chunks; empty where the objective needs none."""
         self.num_updates = 0
         """Optimizer updates that the weights have received: the policy's version."""
         self._thd = use_transformer_engine(config.model)
-        self._objective = build_objective(config.objective)
+        self.objective = build_objective(config.objective)
+        chunk_mib = config.train.output_chunk_mib
+        self._output = OutputLayer(
+            vocab_size=architecture.vocab_size,
+            temperature=config.rollout.rollout_temperature,
+            group=layout.tp_group,
+            chunk_bytes=None if chunk_mib is None else chunk_mib << 20,
+        )
+        self._behaviour_weight: Tensor | None = None
+        """The output layer's weight that generated the batch, where the objective needs it."""
 
     @classmethod
     def load(
-        cls, config: Config, architecture: Architecture, layout: Layout, device: Device
+        cls,
+        config: Config,
+        architecture: Architecture,
+        layout: Layout,
+        device: Device,
+        reference: Architecture | None = None,
     ) -> Policy:
-        """The policy with the weights of `--hf-model`, ready to train."""
+        """The policy with the weights of `--hf-model`, ready to train.
+
+        Args:
+            reference: architecture of the frozen reference model, if the objective needs one.
+        """
         policy = cls(config, architecture, layout, device)
-        load_hf(
-            config.model.hf_model,
-            architecture,
-            policy.models,
-            tp_rank=layout.tp_rank,
-            tp_size=layout.tp_size,
-        )
+        policy._load(config.model.hf_model, architecture, policy.models)
+        needs = policy.objective.needs
+        if needs.reference_logprobs or needs.reference_kl:
+            source = config.objective.reference_model or config.model.hf_model
+            policy.reference = build_model(reference or architecture, config.model, layout, device)
+            policy._load(source, reference or architecture, policy.reference)
+            for model in policy.reference:
+                model.eval().requires_grad_(False)
         policy._prepare_training()
         return policy
+
+    def _load(self, source: str, architecture: Architecture, models: list[PolicyModel]) -> None:
+        layout = self.layout
+        load_hf(source, architecture, models, tp_rank=layout.tp_rank, tp_size=layout.tp_size)
 
     def _prepare_training(self) -> None:
         """Gradient buffers and optimizer; master weights are copied from the loaded weights."""
@@ -129,6 +154,44 @@ class Policy:
             horizon=config.loss_token_horizon,
         )[layout.dp_rank]
 
+    @torch.no_grad()
+    def annotate(self, updates: Sequence[Sequence[Row]]) -> list[list[Row]]:
+        """The rows of a batch's updates with what training needs of the policy as it is now.
+
+        To be called before the first update of the batch. On the last stage every row receives the
+        trainer's log-probs, the reference model's, and the hidden states of those whose whole
+        distribution the objective compares with; on other stages rows stay as they are.
+
+        Raises:
+            RolloutError: a behaviour log-prob is not finite: the sampler gave the token it drew no
+                probability.
+        """
+        needs = self.objective.needs
+        if needs.behaviour_l2 and self.layout.is_last_stage:
+            self._behaviour_weight = self.models[-1].output_weight().detach().clone()
+        annotated = []
+        for rows in updates:
+            for row in rows:
+                check_finite(
+                    row,
+                    row.behaviour_logprobs,
+                    "the behaviour policy's",
+                    "the sampler gave it no probability; look at the engine or the rollouts file",
+                )
+            for chunk in self.chunks:
+                chunk.eval()
+            old = self._run_schedule(self.chunks, rows, self._score_old, forward_only=True)
+            known = old or [{}] * len(rows)
+            if self.reference:
+                found = self._run_schedule(
+                    self.reference, rows, self._score_reference, forward_only=True
+                )
+                known = [a | b for a, b in zip(known, found or known, strict=True)]
+            annotated.append(
+                [replace(row, **fields) for row, fields in zip(rows, known, strict=True)]
+            )
+        return annotated
+
     # The two verbs of a training step.
 
     def forward_backward(self, rows: Sequence[Row]) -> tuple[float, TokenDiagnostics | None]:
@@ -142,7 +205,7 @@ class Policy:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run_schedule(rows, self._train_loss, forward_only=False)
+        outputs = self._run_schedule(self.chunks, rows, self._train_loss, forward_only=False)
         loss_sum = torch.zeros(2, dtype=torch.float64)
         diagnostics = None
         if self.layout.is_last_stage:
@@ -172,24 +235,26 @@ class Policy:
         return Update(grad_norm, lr, skipped=not finite)
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Row]) -> list[TokenLogprobs]:
+    def score(self, rows: Sequence[Row]) -> list[TokenScores]:
         """Log-probs and entropy of each row's loss tokens; on the last stage, else empty."""
         for chunk in self.chunks:
             chunk.eval()
-        return self._run_schedule(rows, self._score, forward_only=True)
+        return self._run_schedule(self.chunks, rows, self._score, forward_only=True)
 
     # What the verbs share.
 
-    def _run_schedule(self, rows: Sequence[Row], loss_func, *, forward_only: bool) -> list:
+    def _run_schedule(
+        self, chunks: Sequence[Any], rows: Sequence[Row], loss_func: Any, *, forward_only: bool
+    ) -> list:
         device = self.device.torch
         local = [to_device(row, device) for row in rows]
         # Each chunk of an interleaved schedule reads the same rows at its own pace.
-        iterators = [iter(local) for _ in self.chunks]
+        iterators = [iter(local) for _ in chunks]
         schedule: Any = get_forward_backward_func()
         return schedule(
             forward_step_func=partial(self._forward_step, loss_func),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            model=[*chunks] if len(chunks) > 1 else chunks[0],
             num_microbatches=len(rows),
             seq_length=rows[0].tokens.numel(),
             micro_batch_size=1,
@@ -198,8 +263,7 @@ class Policy:
 
     def _forward_step(self, loss_func, rows: Iterator[Row], chunk, *_):
         row = next(rows)
-        logits = chunk(row.tokens, row.positions, self._layout_of(row), row.loss_index)
-        return logits, partial(loss_func, row)
+        return chunk(row.tokens, row.positions, self._layout_of(row)), partial(loss_func, row)
 
     def _layout_of(self, row: Row) -> PackedSeqParams:
         if not self._thd:
@@ -217,32 +281,46 @@ class Policy:
             max_seqlen_kv=longest,
         )
 
-    def _logprobs(self, row: Row, logits: Tensor) -> TokenLogprobs:
-        return vocab_parallel_logprobs(
-            logits,
-            row.targets,
-            temperature=self.temperature,
-            vocab_size=self.architecture.vocab_size,
-            group=self.layout.tp_group,
-        )
+    # What the last stage makes of its hidden states [S, 1, H].
 
-    def _score(self, row: Row, logits: Tensor):
-        scores = self._logprobs(row, logits)
-        return logits.new_zeros(()), row_count(row, logits), scores
+    def _score(self, row: Row, hidden: Tensor):
+        scores = score(row, hidden[:, 0], self.models[-1].output_weight(), self._output)
+        return hidden.new_zeros(()), row_count(row, hidden), scores
 
-    def _train_loss(self, row: Row, logits: Tensor):
-        scores = self._logprobs(row, logits)
-        check_finite(row, scores.logprobs)
-        objective = self._objective(scores.logprobs, row.behaviour_logprobs, row.advantages)
-        loss = (objective.losses * row.weights).sum()
-        diagnostics = TokenDiagnostics(
-            logprobs=scores.logprobs.detach(),
-            behaviour_logprobs=row.behaviour_logprobs,
-            advantages=row.advantages,
-            gradient_weight=objective.gradient_weights,
-            entropy=scores.entropy.detach(),
-        )
-        return loss, row_count(row, logits), (loss.detach(), diagnostics)
+    def _score_old(self, row: Row, hidden: Tensor):
+        loss, count, scores = self._score(row, hidden)
+        known = {"old_logprobs": scores.logprobs}
+        if self.objective.needs.behaviour_l2:
+            known["behaviour_hidden"] = hidden[row.loss_index, 0]
+        return loss, count, known
+
+    def _score_reference(self, row: Row, hidden: Tensor):
+        weight, known = self.reference[-1].output_weight(), {}
+        if self.objective.needs.reference_logprobs:
+            known["reference_logprobs"] = score(row, hidden[:, 0], weight, self._output).logprobs
+        if self.objective.needs.reference_kl:
+            known["reference_hidden"] = hidden[row.loss_index, 0]
+        return hidden.new_zeros(()), row_count(row, hidden), known
+
+    def _train_loss(self, row: Row, hidden: Tensor):
+        model = self.models[-1]
+        weight = model.output_weight()
+        others = {
+            "behaviour_weight": self._behaviour_weight,
+            "reference_weight": self.reference[-1].output_weight() if self.reference else None,
+        }
+        if self.config.train.fused_output:
+            # Into Megatron's gradient buffer, past autograd: one weight-sized fp32 buffer less.
+            loss, diagnostics = fused_loss(
+                row, hidden[:, 0], weight, self._output, self.objective,
+                weight_grad=weight.main_grad, **others,
+            )  # fmt: skip
+        else:
+            logits, _ = model.output_layer(hidden[row.loss_index], weight=weight)
+            loss, diagnostics = plain_loss(
+                row, logits[:, 0], self._output, self.objective, **others
+            )
+        return loss, row_count(row, hidden), (loss.detach(), diagnostics)
 
 
 def row_count(row: Row, like: Tensor) -> Tensor:
@@ -254,21 +332,3 @@ def to_device(row: Row, device: torch.device) -> Row:
     """The row with its tensors on `device`."""
     tensors = {name: value for name, value in vars(row).items() if isinstance(value, Tensor)}
     return replace(row, **{name: value.to(device) for name, value in tensors.items()})
-
-
-def check_finite(row: Row, logprobs: Tensor) -> None:
-    """Refuse a NaN or infinite log-prob of the policy: a ratio of it means nothing.
-
-    Raises:
-        RolloutError: names the sequence of the row and the token's place.
-    """
-    bad = (~logprobs.isfinite()).nonzero().flatten()
-    if bad.numel():
-        first = int(bad[0])
-        raise RolloutError(
-            f"log-prob {float(logprobs[first])} of token {int(row.targets[first])} at position "
-            f"{int(row.positions[row.loss_index[first]]) + 1} of sequence "
-            f"{int(row.sequence[first])} in its row: the model's weights or logits are not finite "
-            f"({bad.numel()} of {logprobs.numel()} tokens); lower --lr or resume from an earlier "
-            "checkpoint"
-        )

@@ -29,6 +29,8 @@ class Sampling:
     stop_ids: tuple[int, ...]
     seed: int
     """With a request's `stream`, decides every draw: neither batching nor layout does."""
+    record_topk: int = 0
+    """Likeliest ids recorded at each token, before truncation; 0 is off."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,10 @@ class Completion:
     logprobs: Tensor
     """fp32 [R] on the CPU, under the distribution that was drawn from."""
     finish_reason: FinishReason
+    topk_ids: Tensor | None = None
+    """int64 [R, K] on the CPU, with `record_topk`."""
+    topk_logprobs: Tensor | None = None
+    """fp32 [R, K] on the CPU."""
 
 
 class RolloutEngine(Protocol):

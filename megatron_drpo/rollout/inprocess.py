@@ -4,13 +4,15 @@ The model is `Policy.models`, run through `PolicyModel.forward` as in training; 
 differs, and the KV cache travels in it. Active responses stay compact in slots 0 to n-1, so that
 the cache is read without a copy. All ranks of a replica run this scheduler on the same numbers and
 so take the same decisions; between stages travel hidden states, and from the last stage 16 bytes
-per response and token. `no_grad` and not `inference_mode`: Megatron keeps rotary tables between
-calls, and training could not use tables made under inference mode.
+per response and token, and as many per recorded likeliest id. `no_grad` and not `inference_mode`:
+Megatron keeps rotary tables between calls, and training could not use tables made under inference
+mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,6 @@ from torch import Tensor
 
 from megatron_drpo.mcore.attention import (
     KEY_BLOCK,
-    MIN_ROWS,
     DecodeLayout,
     KVCache,
     RowLayout,
@@ -27,7 +28,8 @@ from megatron_drpo.mcore.attention import (
 )
 from megatron_drpo.mcore.policy import Policy
 from megatron_drpo.rollout.engine import Completion, Request, Sampling
-from megatron_drpo.vocab_parallel import counter_uniforms, sample
+from megatron_drpo.vocab_parallel import counter_uniforms, project, sample, vocab_parallel_topk
+from megatron_drpo.vocab_parallel.gemm import MIN_ROWS
 
 _PREFILL_TOKENS = 8192
 """Prompt tokens that one packed prefill pass takes, unless a single prompt is longer."""
@@ -54,10 +56,10 @@ class InProcessEngine:
             if admitted is not None:
                 tokens, positions, layout, rows = admitted
                 first = batch.num_active - rows.numel()
-                batch.advance(first, *self._step(tokens, positions, layout, rows, batch, first))
+                batch.advance(first, self._step(tokens, positions, layout, rows, batch, first))
             if batch.num_active:
                 tokens, positions, layout, rows = batch.decode()
-                batch.advance(0, *self._step(tokens, positions, layout, rows, batch, 0))
+                batch.advance(0, self._step(tokens, positions, layout, rows, batch, 0))
         return batch.completions()
 
     def _step(
@@ -68,27 +70,42 @@ class InProcessEngine:
         rows: Tensor,
         batch: _Batch,
         first: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Next ids int64 [n] and log-probs fp32 [n] of the responses in slots `first` and on."""
+    ) -> _Drawn:
+        """What the responses in slots `first` and on draw next; the same on every rank."""
         logits = self._forward(tokens, positions, layout, rows)
-        # Ids up to 2^53 and fp32 log-probs are exact in fp64, so one message carries both.
-        drawn = torch.empty((2, rows.numel()), dtype=torch.float64, device=tokens.device)
+        sampling = batch.sampling
+        count, topk = rows.numel(), sampling.record_topk
+        # Ids up to 2^53 and fp32 log-probs are exact in fp64, so one message carries it all.
+        message = torch.empty((count, 2 + 2 * topk), dtype=torch.float64, device=tokens.device)
         if logits is not None:
-            sampling = batch.sampling
-            ids, logprobs = sample(
+            where: dict[str, Any] = {
+                "vocab_size": self._policy.architecture.vocab_size,
+                "group": self._layout.tp_group,
+            }
+            drawn = sample(
                 logits,
-                batch.uniforms(first, rows.numel()),
+                batch.uniforms(first, count),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                vocab_size=self._policy.architecture.vocab_size,
-                group=self._layout.tp_group,
+                **where,
             )
-            drawn[0], drawn[1] = ids, logprobs
+            message[:, 0], message[:, 1] = drawn.ids, drawn.logprobs
+            if topk:
+                likeliest = vocab_parallel_topk(
+                    logits, topk, temperature=sampling.temperature, **where
+                )
+                message[:, 2 : 2 + topk] = likeliest.ids
+                message[:, 2 + topk :] = likeliest.logprobs
         if self._layout.pp_size > 1:
             last = dist.get_global_rank(self._layout.pp_group, self._layout.pp_size - 1)
-            dist.broadcast(drawn, last, group=self._layout.pp_group)
-        return drawn[0].long(), drawn[1].float()
+            dist.broadcast(message, last, group=self._layout.pp_group)
+        return _Drawn(
+            ids=message[:, 0].long(),
+            logprobs=message[:, 1].float(),
+            topk_ids=message[:, 2 : 2 + topk].long(),
+            topk_logprobs=message[:, 2 + topk :].float(),
+        )
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, layout: RowLayout | DecodeLayout, rows: Tensor
@@ -107,14 +124,27 @@ class InProcessEngine:
                 )
                 dist.recv(hidden, dist.get_global_rank(group, (rank - 1) % size), group=group)
                 model.set_input_tensor(hidden)
-            out = model(tokens, positions, layout, rows)
+            out = model(tokens, positions, layout)
             if rank == size - 1 and chunk == len(models) - 1:
-                logits = out
+                logits = project(out[rows, 0], model.output_weight())
             else:
                 dist.send(
                     out.contiguous(), dist.get_global_rank(group, (rank + 1) % size), group=group
                 )
         return logits
+
+
+class _Drawn(NamedTuple):
+    """One token of n responses."""
+
+    ids: Tensor
+    """int64 [n]."""
+    logprobs: Tensor
+    """fp32 [n]."""
+    topk_ids: Tensor
+    """int64 [n, K]."""
+    topk_logprobs: Tensor
+    """fp32 [n, K]."""
 
 
 class _Batch:
@@ -145,6 +175,9 @@ class _Batch:
         self.last = torch.zeros(slots, dtype=torch.long, device=device)
         self.ids = torch.zeros((slots, length), dtype=torch.long, device=device)
         self.logprobs = torch.zeros((slots, length), device=device)
+        topk = sampling.record_topk
+        self.topk_ids = torch.zeros((slots, length, topk), dtype=torch.long, device=device)
+        self.topk_logprobs = torch.zeros((slots, length, topk), device=device)
         self.stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
         self._done: list[Completion | None] = [None] * len(requests)
 
@@ -207,12 +240,15 @@ class _Batch:
         rows = torch.arange(self.num_active, device=self.device)
         return self.last[:count], positions, layout, rows
 
-    def advance(self, first: int, ids: Tensor, logprobs: Tensor) -> None:
-        """Append the drawn ids to slots `first` and on, then retire what has finished."""
+    def advance(self, first: int, drawn: _Drawn) -> None:
+        """Append what was drawn to slots `first` and on, then retire what has finished."""
+        ids = drawn.ids
         slots = torch.arange(first, first + ids.numel(), device=self.device)
         place = self.length[slots]
         self.ids[slots, place] = ids
-        self.logprobs[slots, place] = logprobs
+        self.logprobs[slots, place] = drawn.logprobs
+        self.topk_ids[slots, place] = drawn.topk_ids
+        self.topk_logprobs[slots, place] = drawn.topk_logprobs
         self.last[slots] = ids
         self.length[slots] += 1
         stopped = torch.isin(ids, self.stop_ids)
@@ -221,13 +257,15 @@ class _Batch:
         if not done.numel():
             return
         by_stop = stopped[finished].tolist()
-        ids_, logprobs_ = self.ids[done].cpu(), self.logprobs[done].cpu()
         lengths, numbers = self.length[done].tolist(), self.request[done].tolist()
-        for row in range(done.numel()):
+        state = (self.ids, self.logprobs, self.topk_ids, self.topk_logprobs)
+        for row, columns in enumerate(zip(*(part[done].cpu() for part in state), strict=True)):
+            ids_, logprobs, *topk = (column[: lengths[row]].clone() for column in columns)
             self._done[numbers[row]] = Completion(
-                response_ids=ids_[row, : lengths[row]].clone(),
-                logprobs=logprobs_[row, : lengths[row]].clone(),
-                finish_reason="stop" if by_stop[row] else "length",
+                ids_,
+                logprobs,
+                "stop" if by_stop[row] else "length",
+                *(topk if self.sampling.record_topk else ()),
             )
         self._compact(done)
 
@@ -250,6 +288,8 @@ class _Batch:
             self.last,
             self.ids,
             self.logprobs,
+            self.topk_ids,
+            self.topk_logprobs,
         ):
             state[target] = state[source]
 

@@ -6,7 +6,32 @@ which skips the collectives and nothing else, so each function is its own refere
 `vocab_size` on are padding of the vocabulary and never receive probability mass.
 """
 
-from megatron_drpo.vocab_parallel.logprobs import TokenLogprobs, vocab_parallel_logprobs
-from megatron_drpo.vocab_parallel.sampling import counter_uniforms, sample
+from megatron_drpo.vocab_parallel.divergence import Normalizer, divergence, normalizers_of
+from megatron_drpo.vocab_parallel.gemm import project
+from megatron_drpo.vocab_parallel.linear import (
+    Other,
+    Scores,
+    fused_linear_objective,
+    linear_scores,
+)
+from megatron_drpo.vocab_parallel.logprobs import TokenScores, logprobs_and_entropy
+from megatron_drpo.vocab_parallel.sampling import Sample, counter_uniforms, sample
+from megatron_drpo.vocab_parallel.topk import TopK, vocab_parallel_topk
 
-__all__ = ["TokenLogprobs", "counter_uniforms", "sample", "vocab_parallel_logprobs"]
+__all__ = [
+    "Normalizer",
+    "Other",
+    "Sample",
+    "Scores",
+    "TokenScores",
+    "TopK",
+    "counter_uniforms",
+    "divergence",
+    "fused_linear_objective",
+    "linear_scores",
+    "logprobs_and_entropy",
+    "normalizers_of",
+    "project",
+    "sample",
+    "vocab_parallel_topk",
+]

@@ -6,15 +6,25 @@ alone, so neither batching, nor the layout, nor a resume changes what is drawn.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_drpo.vocab_parallel.logprobs import vocab_parallel_logprobs
+from megatron_drpo.vocab_parallel.logprobs import logprobs_and_entropy
+from megatron_drpo.vocab_parallel.shard import Shard, add_ranks, gather_ranks, shard_of
+from megatron_drpo.vocab_parallel.topk import candidates
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, splitmix64's increment
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+_CANDIDATES, _GROWTH = 64, 64
+"""Ids per rank that the search for a nucleus starts with, and the factor when it needs more."""
+_CHUNK_ELEMENTS = 1 << 20
+"""Logits that are held in fp64 at a time."""
 
 
 def _splitmix64(x: Tensor) -> Tensor:
@@ -38,6 +48,18 @@ def counter_uniforms(seed: int, streams: Tensor, positions: Tensor) -> Tensor:
     return (((bits >> 12) & ((1 << 52) - 1)).double() + 0.5) * 2.0**-52
 
 
+class Sample(NamedTuple):
+    """One id per row, and the law that it was drawn from."""
+
+    ids: Tensor
+    """int64 [B]."""
+    logprobs: Tensor
+    """fp32 [B], under the law that was drawn from."""
+    kept: Tensor | None
+    """int64 [B, n]: the ids that truncation left, the likeliest first, then -1; n is the largest
+    number of them in a row. None where nothing was truncated, and at temperature 0."""
+
+
 def sample(
     logits: Tensor,
     uniforms: Tensor,
@@ -47,55 +69,156 @@ def sample(
     top_k: int = 0,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Draw an id per row by inverse CDF in the order of ids, with its log-prob.
+) -> Sample:
+    """Draw an id per row by inverse CDF in the order of ids, without gathering the vocabulary.
 
-    Truncation follows the usual order: temperature, top-k (ties go to the smaller id), then top-p
-    (the smallest set whose mass reaches top_p), then renormalisation over the kept ids.
+    Truncation follows the usual order: temperature, top-k, then top-p (the smallest set whose mass
+    reaches top_p of what top-k left), then renormalisation over the kept ids. Of equally likely ids
+    the smaller is kept first. Ids of no mass (logit -inf) are never kept. Where a nucleus holds
+    thousands of ids per rank, top-p costs a sort of the vocabulary of that row.
+
+    What is kept, and so the law, is decided in integers and cannot depend on the order of sums, so
+    all TP sizes decide alike if the machine's exp gives the same bits for the same number wherever
+    it stands; a deviation of one fp64 ulp could matter only where a set's mass is within 1e-12 of
+    top_p. The draw itself compares sums in fp64: TP sizes can differ where the uniform is within
+    1e-13 of an edge between two ids.
 
     Args:
         logits: [B, V/tp], the shard of this rank.
         uniforms: fp64 [B] in (0, 1), the same on every rank.
         temperature: above 0; 0 takes the likeliest id, whose log-prob is then 0.
-        top_p: 1 is off.
+        top_p: above 0; 1 is off.
         top_k: 0 is off.
         vocab_size: number of real ids.
         group: the tensor-parallel group, None for one rank.
 
     Returns:
-        ids int64 [B] and log-probs fp32 [B] under the distribution that was drawn from. Without
-        truncation the log-prob comes from `vocab_parallel_logprobs`, as in training.
+        The same on every rank. Without truncation the log-prob comes from `logprobs_and_entropy`,
+        as in training.
     """
-    if temperature > 0 and top_p >= 1 and not top_k:
+    shard = shard_of(logits.size(-1), vocab_size, group)
+    if temperature == 0:
+        best = candidates(logits, 1, shard, group)
+        _check(best.logits[:, 0])
+        ids = best.ids[:, 0]
+        return Sample(ids, torch.zeros_like(ids, dtype=torch.float32), None)
+    if top_p >= 1 and not top_k:
         ids = _inverse_cdf(logits, uniforms, temperature, vocab_size, group)
-        scores = vocab_parallel_logprobs(
+        scores = logprobs_and_entropy(
             logits, ids, temperature=temperature, vocab_size=vocab_size, group=group
         )
-        return ids, scores.logprobs
-    logits = _gather(logits, group)[:, :vocab_size].float()
-    if temperature == 0:
-        ids = logits.argmax(-1)
-        return ids, torch.zeros_like(ids, dtype=torch.float32)
-    # A stable sort keeps the smaller id first among equals.
-    ordered, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+        return Sample(ids, scores.logprobs, None)
     if top_k:
-        ordered[:, top_k:] = -torch.inf
+        parts = [_top_k(logits, temperature, top_p, min(top_k, vocab_size), shard, group)]
+    else:
+        parts = _top_p(logits, temperature, top_p, shard, group)
+    draws = [_draw(z, ids, uniforms[rows]) for rows, z, ids in parts]
+    back = torch.cat([rows for rows, _, _ in parts]).argsort()
+    ids, logprobs, kept = zip(*draws, strict=True)
+    width = max(part.size(-1) for part in kept)
+    kept = [F.pad(part, (0, width - part.size(-1)), value=-1) for part in kept]
+    return Sample(*(torch.cat(each)[back] for each in (ids, logprobs, kept)))
+
+
+def _draw(z: Tensor, ids: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, log-probs and kept ids, from z and ids as in a `_Part`."""
+    kept = ids.where(z > -torch.inf, -1)
+    width = int((kept >= 0).sum(-1).max()) if len(kept) else 1
+    z, kept = z[:, :width], kept[:, :width]
+    by_id, order = kept.sort(-1)
+    place = _inverse_cdf(z.gather(-1, order), uniforms, 1.0, width, None)[:, None]
+    logprobs = z.gather(-1, order.gather(-1, place))[:, 0] - z.logsumexp(-1)
+    return by_id.gather(-1, place)[:, 0], logprobs.float(), kept
+
+
+def _check(numbers: Tensor) -> None:
+    """Raise where a row has no law to draw from; all ranks see the same numbers."""
+    if not numbers.isfinite().all():
+        row = int((~numbers.isfinite()).nonzero()[0])
+        raise ValueError(f"row {row}: nothing to draw from, its logits are NaN, +inf or all -inf")
+
+
+_Part = tuple[Tensor, Tensor, Tensor]
+"""Rows int64 [n]; their z = logits / temperature, fp64 [n, w], descending, -inf where truncated;
+and their ids [n, w]."""
+
+
+def _top_k(
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    shard: Shard,
+    group: dist.ProcessGroup | None,
+) -> _Part:
+    found = candidates(logits, top_k, shard, group)
+    _check(found.logits[:, 0])
+    z, ids = found.logits[:, :top_k].double() / temperature, found.ids[:, :top_k]
     if top_p < 1:
-        mass = ordered.softmax(-1).double().cumsum(-1)
-        beyond = mass.roll(1, -1)
-        beyond[:, 0] = 0
-        ordered = ordered.masked_fill(beyond >= top_p, -torch.inf)
-    kept = torch.full_like(ordered, -torch.inf).scatter(-1, order, ordered)
-    ids = _inverse_cdf(kept, uniforms, 1.0, vocab_size, None)
-    return ids, kept.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        mass = _mass(z, z[:, 0], shard)
+        z = _cut(z, _nucleus_size(mass, mass.sum(-1), top_p))
+    return torch.arange(logits.size(0), device=logits.device), z, ids
 
 
-def _gather(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is None or group.size() == 1:
-        return logits
-    shards = [torch.empty_like(logits) for _ in range(group.size())]
-    dist.all_gather(shards, logits.contiguous(), group=group)
-    return torch.cat(shards, -1)
+def _top_p(
+    logits: Tensor,
+    temperature: float,
+    top_p: float,
+    shard: Shard,
+    group: dist.ProcessGroup | None,
+) -> list[_Part]:
+    """Rows whose nucleus the candidates do not cover ask for more of them, at most for all ids."""
+    count = _CANDIDATES
+    found = candidates(logits, count, shard, group)
+    _check(found.logits[:, 0])
+    rows = torch.arange(logits.size(0), device=logits.device)
+    top = found.logits[:, 0].double() / temperature
+    total = _total_mass(logits, temperature, top, shard, group)
+    parts: list[_Part] = []
+    while True:
+        z = found.logits.double() / temperature
+        size = _nucleus_size(_mass(z, top[rows], shard), total[rows], top_p)
+        # Of all ids there are no more to ask for, should exp have rounded differently in the total.
+        covered = (size <= found.complete) | (count >= logits.size(-1))
+        width = int(size[covered].max()) if covered.any() else 1
+        z = _cut(z[covered, :width], size[covered])
+        parts.append((rows[covered], z, found.ids[covered, :width]))
+        rows = rows[~covered]
+        if not rows.numel():
+            return parts
+        count *= _GROWTH
+        found = candidates(logits[rows], count, shard, group)
+
+
+def _mass(z: Tensor, top: Tensor, shard: Shard) -> Tensor:
+    """int64, as z: exp(z - top) in units that the sum over any vocabulary of this size can hold.
+
+    Integers add up to the same total in any order; for 151,936 ids the unit is 2^-44 of the top.
+    """
+    return ((z - top[:, None]).exp_() * 2.0 ** (62 - shard.vocab_size.bit_length())).round_().long()
+
+
+def _total_mass(
+    logits: Tensor, temperature: float, top: Tensor, shard: Shard, group: dist.ProcessGroup | None
+) -> Tensor:
+    """int64 [B], over all ranks."""
+    step = max(_CHUNK_ELEMENTS // logits.size(-1), 1)
+    sums = [
+        _mass(part.double() / temperature, part_top, shard).sum(-1)
+        for part, part_top in zip(logits[:, : shard.real].split(step), top.split(step), strict=True)
+    ]
+    return add_ranks(gather_ranks(torch.cat(sums), group))
+
+
+def _nucleus_size(mass: Tensor, total: Tensor, top_p: float) -> Tensor:
+    """int64 [B]: how many of the first reach `top_p` of the total; one more than there are where
+    they do not. All of a vocabulary always does: rounding to fp64 is monotone."""
+    return (mass.cumsum(-1).double() < (top_p * total.double())[:, None]).sum(-1) + 1
+
+
+def _cut(z: Tensor, size: Tensor) -> Tensor:
+    """-inf from place `size` of each row on."""
+    return z.masked_fill(torch.arange(z.size(-1), device=z.device) >= size[:, None], -torch.inf)
 
 
 def _inverse_cdf(
@@ -108,7 +231,7 @@ def _inverse_cdf(
     """int64 [B]: the first id whose cumulative mass exceeds the uniform share of the total."""
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     start = logits.size(-1) * rank
-    z = logits.float() / temperature
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     z[:, max(vocab_size - start, 0) :] = -torch.inf
     top = z.max(-1).values
     if size > 1:
@@ -122,6 +245,7 @@ def _inverse_cdf(
     # The rank between whose edges the goal lies owns the draw. All ranks have the same edges, and a
     # uniform below 1 stays below the last one, so exactly one rank does, and it has mass.
     edges = torch.stack(masses).cumsum(0)
+    _check(edges[-1])
     goal = uniforms * edges[-1]
     owner = (edges <= goal).sum(0)
     before = edges[rank - 1] if rank else 0.0

@@ -1,0 +1,118 @@
+"""The three GEMMs of an output layer: logits, the hidden states' gradient, the weight's gradient.
+
+Logits are fp32 whatever the weights are: a logit rounded to bf16 moves log-probs by 0.03 nats on
+average, as much as many updates. GPUs keep the fp32 sums of a 16-bit GEMM when asked
+(`torch.mm(..., out_dtype=)`); CPUs do not, and compute on parts of the weight held in fp32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MIN_ROWS = 4
+"""Fewer rows than this make CPU libraries take another GEMM kernel, with other rounding."""
+
+_WEIGHT_ROWS = 8192
+"""Rows of a 16-bit weight, or of its gradient, that are held in fp32 at a time."""
+
+
+def project(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits [t, V/tp] = hidden [t, H] @ weight [V/tp, H].T, in fp32 (fp64 where both are).
+
+    A row's bits depend on the row and the weight alone, so few rows are computed among others.
+    """
+    count = hidden.size(0)
+    if count < MIN_ROWS:
+        hidden = torch.cat([hidden, hidden.new_zeros(MIN_ROWS - count, hidden.size(1))])
+    if weight.element_size() > 2:
+        logits = _linear(hidden, weight)
+    elif mixed_gemm(weight.device.type):
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        hidden = hidden.float()
+        logits = hidden.new_empty((hidden.size(0), weight.size(0)))
+        for part in parts(weight.size(0), _WEIGHT_ROWS):
+            logits[:, part] = _linear(hidden, weight[part].float())
+    return logits[:count]
+
+
+def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """[t, H] = grad [t, V/tp] @ weight [V/tp, H], in the type of `grad`."""
+    if grad.dtype == weight.dtype:
+        return _linear(grad, weight.T)
+    out = grad.new_zeros((grad.size(0), weight.size(1)))
+    for part in parts(weight.size(0), _WEIGHT_ROWS):
+        out.add_(_linear(grad[:, part], weight[part].float().T))
+    return out
+
+
+def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total [V/tp, H] += grad [t, V/tp].T @ hidden [t, H]; `total` is fp32 (fp64 where all are).
+
+    Sums over chunks diverge in bf16.
+    """
+    if grad.dtype == total.dtype:
+        total.addmm_(grad.T, hidden.to(total.dtype))
+        return
+    for part in parts(total.size(0), _WEIGHT_ROWS):
+        total[part] += torch.mm(grad[:, part].T, hidden, out_dtype=total.dtype)
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """The type that the GEMMs of the backward pass want the logits' gradient in."""
+    if weight.element_size() > 2 or mixed_gemm(weight.device.type):
+        return weight.dtype
+    return torch.float32
+
+
+@cache
+def mixed_gemm(device_type: str) -> bool:
+    """True if this type of device multiplies 16-bit matrices into an fp32 result."""
+    x = torch.ones((16, 16), dtype=torch.bfloat16, device=device_type)
+    try:
+        torch.mm(x, x, out_dtype=torch.float32)
+    except (NotImplementedError, RuntimeError, TypeError):  # TypeError: torch without `out_dtype`
+        return False
+    return True
+
+
+def parts(count: int, size: int) -> Iterator[slice]:
+    """0 to `count`, cut into slices of `size`."""
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [t, n] @ weight [m, n].T, both of one type."""
+    if x.dtype == torch.float32:
+        linear = _fp32_linear(x.device.type)
+        if linear is not None:
+            return linear(x, weight)
+    return torch.mm(x, weight.T)
+
+
+@cache
+def _fp32_linear(device_type: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """oneDNN's GEMM, where torch has it for this device.
+
+    With few rows it takes half the time of the BLAS behind `torch.mm` (docs/notes.md), which it is
+    only asked for by the compiler's own operator.
+    """
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise.default
+
+        def linear(x: Tensor, weight: Tensor) -> Tensor:
+            return operator(x, weight, None, "none", [], "")
+
+        x = torch.arange(32.0, device=device_type).reshape(8, 4)
+        usable = torch.equal(linear(x, x), torch.mm(x, x.T))
+    except (AttributeError, NotImplementedError, RuntimeError):
+        usable = False
+    logger.info("fp32 output layer on %s: %s", device_type, "oneDNN" if usable else "torch.mm")
+    return linear if usable else None
