@@ -65,12 +65,6 @@ _UNUSED = (
         "is not used with --rollouts-file and without --eval-prompts, as nothing is generated; "
         "drop it",
     ),
-    (
-        "fused_output",
-        lambda config: not config.train.fused_output,
-        ("output_chunk_mib",),
-        "is not used with --no-fused-output; drop it",
-    ),
 )
 """(flag that decides, when it does, flags that then do nothing, what to say about each)."""
 
@@ -256,6 +250,8 @@ def _refuse_unused(config: Config, given: set[str], origin: Mapping[str, str]) -
         if decides(config):
             named = given if switch in given else given | origin.keys()
             problems += [f"{flag(name)}: {message}" for name in names if name in named]
+    unread = config.objective.unread.items()
+    problems += [f"{flag(name)}: {reason}; drop it" for name, reason in unread if name in given]
     if problems:
         raise ConfigError("\n".join(problems))
 

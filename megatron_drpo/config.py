@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_drpo.errors import ConfigError
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+KlEstimator = Literal["k1", "k2", "k3", "full"]
 
 
 def flag(name: str) -> str:
@@ -201,10 +203,10 @@ class ObjectiveConfig:
     """DRPO's penalty of the sampled token, or its expectation over the whole vocabulary, from the
     weights that generated."""
     dppo_delta_low: float | None = None
-    """DPPO masks a token with A < 0 whose probability fell by more than this; by default 0.15 for
-    total variation, 0.05 for KL."""
+    """DPPO masks a token with A < 0 that became less likely, once its divergence is above this; by
+    default 0.15 for total variation, 0.05 nats for KL."""
     dppo_delta_high: float | None = None
-    """The same for A > 0 and a rise."""
+    """The same for A > 0 and a token that became more likely."""
     dppo_ratio_limit: float = 20.0
     """DPPO truncates its detached importance ratio at this."""
     ppo_clip_low: float = 0.2
@@ -228,8 +230,8 @@ class ObjectiveConfig:
     trainer's own before the first update of the batch (decoupled; then TIS, IcePop and the sequence
     masks act on trainer / sampler)."""
     tis_limit: float | None = None
-    """Truncated importance sampling: the detached importance weight is at most this; off by
-    default."""
+    """Truncated importance sampling: the detached importance weight counts as this at most
+    (published: 2); off by default."""
     icepop_low: float | None = None
     """IcePop: tokens whose importance weight lies below this are masked; off by default."""
     icepop_high: float | None = None
@@ -243,7 +245,7 @@ class ObjectiveConfig:
     """Sequences above this are masked."""
     kl_coef: float = 0.0
     """Weight of the KL divergence to the frozen reference model; 0 is off and loads none."""
-    kl_estimator: Literal["k1", "k2", "k3", "full"] = "k3"
+    kl_estimator: KlEstimator = "k3"
     """From the sampled token (k1, k2, k3), or exactly over the whole vocabulary (full)."""
     reference_model: str | None = None
     """Directory of the frozen reference model; by default --hf-model."""
@@ -289,18 +291,24 @@ class ObjectiveConfig:
                 or (horizon >= 1 and self.loss_aggregation == "seq-mean-token-sum-norm"),
                 "at least 1, and is used by --loss-aggregation seq-mean-token-sum-norm only",
             ),
-            log_ratio_limit=(self.log_ratio_limit > 0, "above 0"),
-            **_bounds_around_1(self, "icepop_low", "icepop_high"),
+            # From 79.8 nats on, fp32 holds no ratio, and the objectives hold it there.
+            log_ratio_limit=(0 < self.log_ratio_limit <= 79, "above 0 and at most 79"),
+            **_bounds_around_1(self, "icepop_low", "icepop_high", least=sys.float_info.min),
             **_bounds_around_1(self, "sequence_mask_low", "sequence_mask_high"),
         )
 
     def _unread(self) -> list[str]:
         """Fields with another value than their default that nothing is going to read."""
-        given = [
-            item.name
+        reasons = self.unread
+        return [
+            f"{flag(item.name)} {getattr(self, item.name)}: {reasons[item.name]}; drop it"
             for item in dataclasses.fields(self)
-            if getattr(self, item.name) != item.default
+            if item.name in reasons and getattr(self, item.name) != item.default
         ]
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Fields that nothing reads beside the others' values, and why."""
         readers: dict[str, list[str]] = {}
         for objective, names in OBJECTIVE_FIELDS.items():
             for name in names:
@@ -311,19 +319,15 @@ class ObjectiveConfig:
             if self.objective not in objectives
         }
         if self.kl_coef == 0:
-            reasons |= dict.fromkeys(
-                ("kl_estimator", "reference_model"), "is read with --kl-coef above 0 only"
-            )
+            reasons["kl_estimator"] = "is read with --kl-coef above 0 only"
+            if self.objective in OBJECTIVE_FIELDS:  # a user's own may read the reference model
+                reasons["reference_model"] = "is read with --kl-coef above 0 only"
         if self.sequence_mask == "off":
             reasons |= dict.fromkeys(
                 ("sequence_mask_low", "sequence_mask_high"),
                 "is read with --sequence-mask geometric and product only",
             )
-        return [
-            f"{flag(name)} {getattr(self, name)}: {reasons[name]}; drop it"
-            for name in given
-            if name in reasons
-        ]
+        return reasons
 
     def _at_odds(self) -> list[str]:
         """An unknown objective, and settings that exclude or demand each other."""
@@ -379,13 +383,16 @@ def _positive(value: float | None, most: float = math.inf) -> bool:
     return value is None or (0 < value <= most and value < math.inf)
 
 
-def _bounds_around_1(group: object, low_name: str, high_name: str) -> dict[str, tuple[bool, str]]:
+def _bounds_around_1(
+    group: object, low_name: str, high_name: str, least: float = 0.0
+) -> dict[str, tuple[bool, str]]:
     """Rules of an interval that on-policy tokens, whose importance weight is 1, lie inside."""
     low, high = getattr(group, low_name), getattr(group, high_name)
     return {
         low_name: (
-            low is None or (0 <= low <= 1 and (high is None or low < high)),
-            f"at least 0, at most 1 (the weight of an on-policy token) and below {flag(high_name)}",
+            low is None or (least <= low <= 1 and (high is None or low < high)),
+            f"{'above' if least else 'at least'} 0, at most 1 (the weight of an on-policy token) "
+            f"and below {flag(high_name)}",
         ),
         high_name: (
             high is None or 1 <= high < math.inf,
@@ -459,8 +466,9 @@ class TrainConfig:
     """Compute output layer and objective together, a chunk of tokens at a time, so that the logits
     of a row never exist; --no-fused-output is the plain way, as a cross-check."""
     output_chunk_mib: int | None = None
-    """MiB of logits and their gradient held at a time by the fused output layer, on each rank; by
-    default 512 where 16-bit GEMMs give fp32 results (GPUs), else 32."""
+    """MiB of logits and their gradient that a rank holds at a time, in scoring and in fused
+    training; by default 1/25 of a row's, within limits that depend on the device: at least 1,024
+    tokens and at most 512 MiB with bf16 on GPUs, else at least 32 tokens and at most 24 MiB."""
     seed: int = 1234
     """Seed of sampling and of the order of the prompts."""
 
@@ -569,11 +577,6 @@ class Config:
                 f"--rollout-top-p {rollout.rollout_top_p} --rollout-top-k {rollout.rollout_top_k}: "
                 "training on a truncated distribution needs the kept ids of every token, which "
                 "rollouts do not carry; use 1 and 0 (evaluation may truncate: --eval-top-p)"
-            )
-        if rollout.rollouts_file and self.objective.drpo_penalty == "full":
-            problems.append(
-                "--drpo-penalty full: needs the whole distribution of the weights that generated, "
-                "which --rollouts-file does not hold; use sampled"
             )
         if rollout.rollout_samples_per_prompt == 1:
             problems.append(

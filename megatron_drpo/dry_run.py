@@ -15,7 +15,7 @@ from megatron_drpo.checkpoint.families import Entry, family_of
 from megatron_drpo.config import Config, ObjectiveConfig, flag
 from megatron_drpo.objectives import build_objective
 from megatron_drpo.preflight import Inputs
-from megatron_drpo.vocab_parallel.linear import CHUNK_BYTES, CHUNK_BYTES_MIXED
+from megatron_drpo.vocab_parallel.linear import BUDGET, BUDGET_MIXED
 
 
 def _drpo(config: ObjectiveConfig) -> tuple[str, str]:
@@ -168,26 +168,26 @@ def _memory(config: Config, inputs: Inputs, world_size: int) -> list[str]:
     if inputs.rollouts is None or inputs.eval_prompts:  # something is generated
         longest = _longest(config, inputs)
         parts[f"KV cache, {slots} slots of {longest} tokens"] = slots * longest * per_token
-    parts |= _output_memory(config, inputs, tp)
+    parts |= _output_memory(config, inputs, world_size)
     parts["together"] = sum(parts.values())
     return [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in parts.items()]
 
 
-def _output_memory(config: Config, inputs: Inputs, tp: int) -> dict[str, int]:
+def _output_memory(config: Config, inputs: Inputs, world_size: int) -> dict[str, int]:
     """What the output layer and the other models that the objective compares with take."""
+    tp, pp, dp = _sizes(config, world_size)
     architecture, train = inputs.architecture, config.train
     width = 2 if config.model.bf16 else 4
     row = train.max_tokens_per_microbatch
     logits = row * architecture.vocab_size // tp * 4
     if train.fused_output:
         mixed = config.model.bf16 and inputs.device.kind == "cuda"
-        default = CHUNK_BYTES_MIXED if mixed else CHUNK_BYTES
-        chunk = default if train.output_chunk_mib is None else train.output_chunk_mib << 20
-        parts = {"logits of the tokens in one chunk, and their gradient": min(logits, chunk)}
+        most = (BUDGET_MIXED if mixed else BUDGET).most_bytes
+        chunk = most if train.output_chunk_mib is None else train.output_chunk_mib << 20
+        parts = {"logits of a chunk of tokens and their gradient, at most": min(logits, chunk)}
     else:
         parts = {f"logits of one row of {row} tokens": logits}
     if inputs.reference is not None:
-        pp = config.parallel.pipeline_model_parallel_size
         size = _num_parameters(replace(inputs, architecture=inputs.reference), tp, pp)
         parts[f"weights of the reference model, {size:,} parameters"] = size * width
     needs = build_objective(config.objective).needs
@@ -198,7 +198,11 @@ def _output_memory(config: Config, inputs: Inputs, tp: int) -> dict[str, int]:
         rollout = config.rollout
         tokens = rollout.rollout_prompts_per_step * rollout.rollout_samples_per_prompt
         tokens *= rollout.rollout_max_response_length
-        parts["hidden states of the batch, kept for whole distributions"] = tokens * kept * width
+        states = tokens // dp * kept * width
+        parts["hidden states of the batch, kept for whole distributions"] = states
+    if needs.behaviour_l2:
+        output = architecture.vocab_size // tp * architecture.hidden_size * width
+        parts["output layer of the weights that generated"] = output
     return parts
 
 
@@ -252,12 +256,11 @@ def _corrections(objective: ObjectiveConfig) -> list[str]:
         return []
     decoupled = objective.proximal_policy == "trainer"
     lines = [
-        "rho = trainer before the first update / sampler, a constant factor"
-        if decoupled
-        else "rho = r as a constant"
+        "rho = trainer before the first update / sampler" if decoupled else "rho = r as a constant"
     ]
     if objective.tis_limit is not None:
-        lines.append(f"rho counts as {objective.tis_limit:g} at most")
+        role = "is a constant factor, and" if decoupled else ""
+        lines.append(" ".join(f"rho {role} counts as {objective.tis_limit:g} at most".split()))
     low, high = objective.icepop_low, objective.icepop_high
     if low is not None or high is not None:
         inside = f"[{low or 0:g}, {math.inf if high is None else high:g}]"

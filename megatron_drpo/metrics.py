@@ -61,7 +61,7 @@ class TokenDiagnostics:
     advantages: Tensor
     """fp32 [T]."""
     gradient_weight: Tensor
-    """fp32 [T], w of the objective: d objective / d log pi = ratio * advantage * w."""
+    """fp32 [T], w in d objective / d log pi = r * advantage * w, r being the objective's ratio."""
     entropy: Tensor
     """fp32 [T], nats, of the trainer's distribution at the token."""
     objective: Mapping[str, Tensor] = field(default_factory=dict)
@@ -133,7 +133,8 @@ def trust_region_statistics(d: TokenDiagnostics, log_ratio_limit: float) -> dict
 
     `weight/*` describe the gradient weight w (1 everywhere: plain policy gradient; `below_0` and
     `below_half` are shares of tokens), `ratio/*` r = pi / mu, with Kish's effective sample size
-    (sum r)^2 / (T sum r^2) and `beyond_limit` the number of tokens with |log r| > the limit.
+    (sum r)^2 / (T sum r^2) and `beyond_limit` the number of tokens with |log r| > the limit
+    (`_share`: of all).
     `divergence/*` compare, per token, sampled id against all others: total variation |pi - mu|
     and KL(mu || pi) of that binary split, and `k3` the estimate of the full KL(mu || pi) by
     r - 1 - log r (http://joschu.net/blog/kl-approx.html). `divergence/tv_mu_*` is the total
@@ -152,6 +153,7 @@ def trust_region_statistics(d: TokenDiagnostics, log_ratio_limit: float) -> dict
     log_ratio, mu, weight = log_p - log_m, log_m.exp(), d.gradient_weight.double()
     total_variation = (log_p.exp() - mu).abs()
     drift = log_p - d.old_logprobs.double()
+    beyond = (log_ratio.abs() > log_ratio_limit).double()
     # Relative to the largest ratio, so that the squares cannot overflow.
     relative = (log_ratio - log_ratio.max()).exp()
     weight_p01, weight_p50, weight_p99 = quantiles(weight, (0.01, 0.5, 0.99))
@@ -166,7 +168,8 @@ def trust_region_statistics(d: TokenDiagnostics, log_ratio_limit: float) -> dict
         "ratio/max": log_ratio.max().exp(),
         "ratio/p99": quantiles(d.ratio, (0.99,))[0],
         "ratio/effective_sample_size": relative.mean().square() / relative.square().mean(),
-        "ratio/beyond_limit": (log_ratio.abs() > log_ratio_limit).double().sum(),
+        "ratio/beyond_limit": beyond.sum(),
+        "ratio/beyond_limit_share": beyond.mean(),
         "divergence/binary_tv": total_variation.mean(),
         "divergence/binary_kl": _binary_kl(log_m, log_p).mean(),
         "divergence/k3": (log_ratio.expm1() - log_ratio).mean(),

@@ -21,7 +21,7 @@ from megatron_drpo.checkpoint.resume import LATEST, check_same_run, latest
 from megatron_drpo.config import Config
 from megatron_drpo.device import Device, choose_device
 from megatron_drpo.errors import ConfigError, DrpoError
-from megatron_drpo.objectives import build_objective
+from megatron_drpo.objectives import Needs, build_objective
 from megatron_drpo.prompts import PromptSampler, load_tokenizer, read_prompts, stop_ids
 from megatron_drpo.rewards import check_prompts, load_reward
 from megatron_drpo.rollout.files import read_rollouts
@@ -92,24 +92,45 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
     if rank == 0:
         _check_output_directory(config, problems)
     problems.attempt(load_reward, config.reward.reward)
+    objective = problems.attempt(build_objective, config.objective)
+    needs = Needs() if objective is None else objective.needs
+    _check_needs(config, needs, problems)
     architecture = _architecture("--hf-model", config.model.hf_model, problems)
     inputs = None
     if architecture is not None:
         _check_against_model("the model", config, architecture, problems)
         if rank == 0:
             problems.attempt(verify_checkpoint, config.model.hf_model, architecture)
-        reference = _reference(config, architecture, rank, problems)
+        reference = _reference(config, needs, architecture, rank, problems)
         inputs = _read(config, device, architecture, reference, problems)
+        if inputs is not None:
+            _check_topk(config, needs, inputs, problems)
     problems.raise_all()
     assert inputs is not None, "without a problem, everything was read"
     return inputs
 
 
+def _check_needs(config: Config, needs: Needs, problems: _Problems) -> None:
+    """What the objective reads must be there to be had."""
+    name, rollout, model = config.objective.objective, config.rollout, config.objective
+    if rollout.rollouts_file and needs.behaviour_l2:
+        full = "--drpo-penalty full" if name == "drpo" else f"--objective {name}"
+        problems.add(
+            f"{full}: needs the whole distribution of the weights that generated, which "
+            f"--rollouts-file {rollout.rollouts_file} does not hold; generate, or use another"
+        )
+    if model.reference_model and not (needs.reference_logprobs or needs.reference_kl):
+        problems.add(
+            f"--reference-model {model.reference_model}: --objective {name} does not read it; drop "
+            "it, or use --kl-coef"
+        )
+
+
 def _reference(
-    config: Config, policy: Architecture, rank: int, problems: _Problems
+    config: Config, needs: Needs, policy: Architecture, rank: int, problems: _Problems
 ) -> Architecture | None:
-    """The reference model's architecture, where a KL divergence to it is asked for."""
-    if not config.objective.kl_coef:
+    """The reference model's architecture, where the objective needs one."""
+    if not (needs.reference_logprobs or needs.reference_kl):
         return None
     model = config.objective.reference_model
     if model is None:
@@ -299,7 +320,6 @@ def _read(
         shuffle = config.data.shuffle_prompts
         problems.attempt(PromptSampler, len(prompts), per_step, seed, shuffle)
     _check_row_budget(config, prompts, rollouts or (), problems)
-    problems.attempt(_check_topk, config, architecture, rollouts or (), problems)
     if ends is None or device is None:
         return None
     return Inputs(device, architecture, tokenizer, ends, prompts, eval_prompts, reference, rollouts)
@@ -322,19 +342,14 @@ def _check_rollouts(
         problems.attempt(check_prompts, config.reward.reward, recorded)
 
 
-def _check_topk(
-    config: Config,
-    architecture: Architecture,
-    rollouts: Sequence[tuple[Rollout, float | None]],
-    problems: _Problems,
-) -> None:
+def _check_topk(config: Config, needs: Needs, inputs: Inputs, problems: _Problems) -> None:
     """An objective over the behaviour policy's likeliest ids needs rollouts that carry them."""
     name, asked = config.objective.objective, config.rollout.rollout_topk
-    needed = build_objective(config.objective).needs.topk
-    if asked > architecture.vocab_size:
+    needed, rollouts = needs.topk, inputs.rollouts
+    if asked > inputs.architecture.vocab_size:
         problems.add(
-            f"--rollout-topk {asked}: the model has {architecture.vocab_size} token ids; use at "
-            "most as many"
+            f"--rollout-topk {asked}: the model has {inputs.architecture.vocab_size} token ids; "
+            "use at most as many"
         )
     if rollouts and needed and rollouts[0][0].topk_ids is None:
         problems.add(

@@ -210,10 +210,14 @@ def _sequence_lengths(row: Row) -> Tensor:
 
 
 def _mean_of_sequences(row: Row, values: Tensor) -> Tensor:
-    """fp32 [T]: for each token the mean of `values` [T] over its sequence."""
+    """fp32 [T]: for each token the mean of `values` [T] over its sequence.
+
+    Summed in the order of the tokens: scattered additions would come out differently on each
+    tensor-parallel rank, and a mask at its edge with them.
+    """
     lengths = _sequence_lengths(row)
-    sums = torch.zeros_like(lengths).index_add_(0, row.sequence, values)
-    return (sums / lengths)[row.sequence]
+    means = torch.segment_reduce(values, "mean", lengths=lengths.long())
+    return means[row.sequence]
 
 
 def _distributions(

@@ -46,6 +46,7 @@ from megatron_drpo.rollout.engine import Completion, Request, Sampling
 from megatron_drpo.rollout.files import write_rollouts
 from megatron_drpo.rollout.inprocess import InProcessEngine
 from megatron_drpo.types import Prompt, Rollout, Row, Trajectory
+from megatron_drpo.vocab_parallel.gemm import describe_gemm
 from megatron_drpo.vocab_parallel.sweep import describe_sweep
 
 _EVAL_STREAM = 1 << 40
@@ -71,7 +72,8 @@ class _Run:
         )
         self.say(f"device: {inputs.device.kind} ({inputs.device.backend}): {inputs.device.reason}")
         self.say(f"layout: {layout}; layers: {implementation}")
-        self.say(f"vocabulary sweep: {describe_sweep(inputs.device.kind)}")
+        kind = inputs.device.kind
+        self.say(f"output layer: {describe_gemm(kind)}; sweep: {describe_sweep(kind)}")
         self.policy = Policy.load(
             config, inputs.architecture, layout, inputs.device, inputs.reference
         )

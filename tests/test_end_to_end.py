@@ -73,6 +73,8 @@ def _train(rank: int, world_size: int, root: Path, flags: list[str]) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     flags = [*make_run(root), "--lr", "1e-3", "--no-progress", "--eval-interval", "3", "--bf16"]
+    # A frozen reference model and whole distributions: more that a resume must find again.
+    flags += ["--kl-coef", "0.05", "--kl-estimator", "full"]
     flags += ["--eval-samples-per-prompt", "2", "--eval-top-p", "0.9"]
     run_distributed(_train, 2, root, flags)
     return root

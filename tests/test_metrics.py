@@ -88,6 +88,7 @@ def test_trust_region_statistics_match_numpy():
         "ratio/p99": np.quantile(r, 0.99),
         "ratio/effective_sample_size": r.sum() ** 2 / (len(r) * (r**2).sum()),
         "ratio/beyond_limit": np.sum(np.abs(np.log(r)) > 0.7),
+        "ratio/beyond_limit_share": np.mean(np.abs(np.log(r)) > 0.7),
         "divergence/binary_tv": np.abs(p - m).mean(),
         "divergence/k3": (r - 1 - np.log(r)).mean(),
         "drift/mean_abs": np.abs(drift).mean(),

@@ -49,13 +49,13 @@ ON = {
         ("gspo_clip_low", [0.0, 1.1, math.nan], [1e-4]),
         ("gspo_clip_high", [0.0, math.inf, math.nan], [1e-4]),
         ("tis_limit", [0.9, math.inf, math.nan], [1.0, 2.0]),
-        ("icepop_low", [-0.1, 1.1, math.nan], [0.0, 0.5, 1.0]),
+        ("icepop_low", [-0.1, 0.0, 1.1, math.nan], [0.01, 0.5, 1.0]),
         ("icepop_high", [0.9, math.inf, math.nan], [1.0, 5.0]),
         ("sequence_mask_low", [-0.1, 1.5, math.nan], [0.0, 0.99]),
         ("sequence_mask_high", [0.9, math.inf, math.nan], [1.001, 100.0]),
         ("kl_coef", [-0.1, math.inf, math.nan], [0.0, 1e-3]),
         ("entropy_coef", [-0.1, math.inf, math.nan], [0.0, 1e-3]),
-        ("log_ratio_limit", [0.0, -1.0, math.nan], [5.0]),
+        ("log_ratio_limit", [0.0, -1.0, 79.5, math.inf, math.nan], [5.0, 79.0]),
     ],
 )
 def test_constants_out_of_range_are_named_with_what_is_needed(

@@ -574,7 +574,7 @@ def test_corrections_multiply_the_base_objective(
     factors, counts = [], {"tis_truncated": 0, "icepop_masked": 0, "sequence_masked": 0}
     for r, m, n in zip(rho, mean, length, strict=True):
         limit = given_.get("tis_limit", math.inf)
-        factor = min(r, limit) / (1 if decoupled else r)
+        factor = min(r, limit) / (1 if decoupled else r) if "tis_limit" in given_ else 1.0
         counts["tis_truncated"] += r > limit
         if not given_.get("icepop_low", 0) <= r <= given_.get("icepop_high", math.inf):
             factor, counts["icepop_masked"] = 0, counts["icepop_masked"] + 1
@@ -602,7 +602,7 @@ def test_the_trainers_policy_alone_changes_the_anchor_and_nothing_else() -> None
         if "topk" in name:
             continue
         objective = build_objective(ObjectiveConfig(name, proximal_policy="trainer"))
-        assert objective.decoupled and objective.needs.old_logprobs
+        assert objective.decoupled
         anchored = replace(tokens, behaviour_logprobs=tokens.required("old_logprobs"))
         expected, slope = evaluate(build_objective(ObjectiveConfig(name)), anchored)
         result, gradient = evaluate(objective, tokens)
@@ -729,9 +729,7 @@ OPTIONAL = {
     "topk_logprobs": "topk",
     "behaviour_topk_logprobs": "topk",
     "sampled_in_topk": "topk",
-} | {
-    n: n for n in ("old_logprobs", "reference_logprobs", "entropy", "behaviour_l2", "reference_kl")
-}
+} | {n: n for n in ("reference_logprobs", "behaviour_l2", "reference_kl")}
 
 
 @pytest.mark.parametrize(
@@ -835,14 +833,14 @@ def test_a_users_objective_says_what_it_needs_and_may_return_everything(
         "import torch\n"
         "from megatron_drpo.objectives import Needs, TokenObjective\n"
         "def mine(t):\n"
-        "    return TokenObjective(-t.logprobs * t.advantages - 0.5 * t.entropy,\n"
+        "    return TokenObjective(-t.logprobs * t.advantages - 0.5 * t.behaviour_l2,\n"
         "                          torch.full_like(t.advantages, 0.25),\n"
         "                          {'rare': (t.behaviour_logprobs < -5).to(t.advantages)})\n"
-        "mine.needs = Needs(entropy=True)\n"
+        "mine.needs = Needs(behaviour_l2=True)\n"
     )
     tokens, _ = world()
     objective = build_objective(ObjectiveConfig(f"{name}:mine", kl_coef=0.1))
-    assert objective.needs == Needs(entropy=True, reference_logprobs=True)
+    assert objective.needs == Needs(behaviour_l2=True, reference_logprobs=True)
     result = objective(replace(tokens, logprobs=tokens.logprobs.clone().requires_grad_()))
     assert (result.gradient_weights == 0.25).all()
     assert result.diagnostics.keys() == {"rare", "reference_kl"}
@@ -855,6 +853,10 @@ def test_a_users_objective_says_what_it_needs_and_may_return_everything(
         ("f = 3", "has no function 'f'"),
         ("async def f(t): return t.logprobs", "async"),
         ("import no_such_package", "ModuleNotFoundError"),
+        (
+            "def f(t): return t.logprobs / (t.advantages * 0)",
+            "losses of made-up tokens are .*nan|inf",
+        ),
         ("def f(t): return 1.0", "returned float; must be a tensor of losses"),
         ("def f(t): return t.logprobs.sum()", r"shape \[\]; must be one per token, \[4\]"),
         ("def f(t): return t.logprobs.long()", "dtype torch.int64; must be floats"),
@@ -869,7 +871,7 @@ def test_a_users_objective_says_what_it_needs_and_may_return_everything(
             "own entries only",
         ),
         ("def f(t): return t.nothing", r"raised AttributeError: .*\.py:1\)"),
-        ("def f(t): return t.entropy * t.logprobs", "raised TypeError"),
+        ("def f(t): return t.behaviour_l2 * t.logprobs", "raised TypeError"),
         (
             "def f(t): return t.logprobs\nf.needs = 'entropy'",
             "must be megatron_drpo.objectives.Needs",

@@ -28,6 +28,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_drpo.checkpoint.families import Architecture
@@ -170,6 +171,8 @@ class Policy:
         if needs.behaviour_l2 and self.layout.is_last_stage:
             self._behaviour_weight = self.models[-1].output_weight().detach().clone()
         annotated = []
+        for chunk in self.chunks:
+            chunk.eval()
         for rows in updates:
             for row in rows:
                 check_finite(
@@ -178,8 +181,6 @@ class Policy:
                     "the behaviour policy's",
                     "the sampler gave it no probability; look at the engine or the rollouts file",
                 )
-            for chunk in self.chunks:
-                chunk.eval()
             old = self._run_schedule(self.chunks, rows, self._score_old, forward_only=True)
             known = old or [{}] * len(rows)
             if self.reference:
@@ -316,10 +317,10 @@ class Policy:
                 weight_grad=weight.main_grad, **others,
             )  # fmt: skip
         else:
-            logits, _ = model.output_layer(hidden[row.loss_index], weight=weight)
-            loss, diagnostics = plain_loss(
-                row, logits[:, 0], self._output, self.objective, **others
-            )
+            # fp32 as in `gemm.project`, or the ratio of a fresh token would not be 1 in bf16.
+            rows = copy_to_tensor_model_parallel_region(hidden[row.loss_index, 0].float())
+            logits = torch.nn.functional.linear(rows, weight.float())
+            loss, diagnostics = plain_loss(row, logits, self._output, self.objective, **others)
         return loss, row_count(row, hidden), (loss.detach(), diagnostics)
 
 

@@ -95,12 +95,10 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     masks = config.sequence_mask != "off"
     full = config.kl_estimator == "full"
     needs = base.needs | Needs(
-        old_logprobs=decoupled,
         sequences=masks and not decoupled,
         sequence_weights=masks and decoupled,
         reference_logprobs=config.kl_coef > 0 and not full,
         reference_kl=config.kl_coef > 0 and full,
-        entropy=config.entropy_coef > 0,
     )
     return Objective(name, partial(_composed, base=base, config=config), needs, decoupled)
 

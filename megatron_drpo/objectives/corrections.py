@@ -42,9 +42,10 @@ def importance_correction(
 
     Not decoupled, rho = pi / mu is already inside the objective's ratio, so that the factor is
     what turns rho into min(rho, tis_limit): min(1, tis_limit / rho). Decoupled, the objective's
-    ratio is pi / old, and the factor is min(rho, tis_limit) itself, with rho = old / mu. On top,
-    the factor is 0 where rho lies outside `icepop`, and on whole sequences whose rho, as geometric
-    mean or product over their tokens, lies outside `sequence_bounds`.
+    ratio is pi / old, and the factor is min(rho, tis_limit) itself, with rho = old / mu. Without
+    `tis_limit` it is 1: masks only mask, since a rho without a limit would weigh most what is most
+    off. On top, the factor is 0 where rho lies outside `icepop`, and on whole sequences whose rho,
+    as geometric mean or product over their tokens, lies outside `sequence_bounds`.
 
     TIS: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     IcePop: Ling team 2025. Sequence masks: Liu, Li et al. 2025, "When Speed Kills Stability".
@@ -65,12 +66,13 @@ def importance_correction(
     log_rho = numerator - tokens.behaviour_logprobs
     # Comparisons see log rho as it is; what is exponentiated must not overflow.
     finite = saturated(log_rho)
-    log_limit = math.inf if tis_limit is None else math.log(tis_limit)
-    log_factor = finite.clamp(max=log_limit) if decoupled else (log_limit - finite).clamp(max=0)
+    log_factor = torch.zeros_like(log_rho)
     masked = torch.zeros_like(log_rho, dtype=torch.bool)
     diagnostics: dict[str, Tensor] = {}
     if tis_limit is not None:
-        diagnostics["tis_truncated"] = log_rho > log_limit
+        limit = math.log(tis_limit)
+        log_factor = finite.clamp(max=limit) if decoupled else (limit - finite).clamp(max=0)
+        diagnostics["tis_truncated"] = log_rho > limit
     if icepop is not None:
         diagnostics["icepop_masked"] = _outside(log_rho, icepop)
         masked = masked | diagnostics["icepop_masked"]

@@ -3,15 +3,12 @@ field of `Tokens` and needs no function.)"""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from megatron_drpo.config import KlEstimator
 from megatron_drpo.objectives.ratio import saturated
 from megatron_drpo.objectives.tokens import Tokens
-
-KlEstimator = Literal["k1", "k2", "k3", "full"]
 
 
 def reference_kl(tokens: Tokens, estimator: KlEstimator) -> Tensor:

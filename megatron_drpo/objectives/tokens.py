@@ -16,6 +16,8 @@ from torch import Tensor
 class Tokens:
     """Everything that is known of T loss tokens; what an objective does not need may be None.
 
+    In training, the first four and `entropy` are always there.
+
     Example: Tokens(logprobs=tensor([-0.5, -1.0], requires_grad=True),
                     behaviour_logprobs=tensor([-0.5, -1.2]), advantages=tensor([0.6, -0.4]))
     """
@@ -87,7 +89,7 @@ class TokenObjective:
 
 @dataclass(frozen=True)
 class Needs:
-    """Which optional fields of `Tokens` an objective reads, so that only those are computed."""
+    """Which fields of `Tokens` an objective reads that are computed only where one does."""
 
     sequences: bool = False
     """`sequence_log_ratio` and `sequence_length`: a sweep over the tokens of its own."""
@@ -95,10 +97,7 @@ class Needs:
     """`sequence_log_weight` and `sequence_length`: known before the first update."""
     topk: bool = False
     """The three top-K fields: rollouts must carry the behaviour policy's (`--rollout-topk`)."""
-    old_logprobs: bool = False
     reference_logprobs: bool = False
-    entropy: bool = False
-    """`entropy` is part of the loss (it is always computed for the log)."""
     behaviour_l2: bool = False
     reference_kl: bool = False
 

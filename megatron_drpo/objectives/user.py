@@ -5,9 +5,10 @@ carry an attribute `needs`, the `Needs` of optional fields that it reads:
 
     def reinforce(tokens):
         weight = (tokens.logprobs - tokens.behaviour_logprobs).detach().exp().clamp(max=2)
-        return -weight * tokens.advantages * tokens.logprobs - 0.01 * tokens.entropy
+        surprise = tokens.logprobs - tokens.reference_logprobs
+        return -weight * tokens.advantages * tokens.logprobs + 0.01 * surprise.square()
 
-    reinforce.needs = Needs(entropy=True)
+    reinforce.needs = Needs(reference_logprobs=True)
 
 A token's loss may depend on the token's own entries only: the program cuts batches into rows and
 chunks as it needs, and divides the sum once.
@@ -48,6 +49,11 @@ def load_user_objective(name: str) -> Objective:
     objective = Objective(name, _Checked(option, function), needs)
     probe = _probe(needs)
     whole, first = objective(probe), objective(probe[:2])
+    if not whole.losses.isfinite().all():
+        raise ConfigError(
+            f"{option}: the losses of made-up tokens are {whole.losses.tolist()}; ordinary ratios, "
+            "log-probs and advantages must give finite losses"
+        )
     if not torch.allclose(whole.losses[:2], first.losses, rtol=1e-4, atol=1e-6):
         raise ConfigError(
             f"{option}: the losses of two tokens are {first.losses.tolist()} alone and "
@@ -132,7 +138,7 @@ def _probe(needs: Needs) -> Tokens:
         sequence_log_weight=torch.full((4,), 0.01) if needs.sequence_weights else None,
         sequence_length=torch.tensor([2, 2, 2, 2]) if sequences else None,
         reference_logprobs=behaviour - 0.1 if needs.reference_logprobs else None,
-        entropy=-behaviour if needs.entropy else None,
+        entropy=-behaviour,
         topk_logprobs=topk if needs.topk else None,
         behaviour_topk_logprobs=topk - 0.1 if needs.topk else None,
         sampled_in_topk=in_topk if needs.topk else None,

@@ -7,20 +7,18 @@ average, as much as many updates. GPUs keep the fp32 sums of a 16-bit GEMM when 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
 MIN_ROWS = 4
 """Fewer rows than this make CPU libraries take another GEMM kernel, with other rounding."""
 
-_WEIGHT_ROWS = 8192
-"""Rows of a 16-bit weight, or of its gradient, that are held in fp32 at a time."""
+_WEIGHT_ROWS = 2048
+"""Rows of the weight that a GEMM takes at a time where it needs memory of its own for them: oneDNN
+for a second copy of its result, others for the weight, or a sum of its gradient, in fp32."""
 
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -31,26 +29,21 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
     count = hidden.size(0)
     if count < MIN_ROWS:
         hidden = torch.cat([hidden, hidden.new_zeros(MIN_ROWS - count, hidden.size(1))])
-    if weight.element_size() > 2:
-        logits = _linear(hidden, weight)
-    elif mixed_gemm(weight.device.type):
-        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    else:
-        hidden = hidden.float()
-        logits = hidden.new_empty((hidden.size(0), weight.size(0)))
-        for part in parts(weight.size(0), _WEIGHT_ROWS):
-            logits[:, part] = _linear(hidden, weight[part].float())
+    if weight.element_size() == 2 and mixed_gemm(weight.device.type):
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)[:count]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    hidden = hidden.to(dtype)
+    if _plain_linear(hidden) and weight.dtype == dtype:
+        return torch.mm(hidden, weight.T)[:count]
+    logits = hidden.new_empty((hidden.size(0), weight.size(0)))
+    for part in parts(weight.size(0), _WEIGHT_ROWS):
+        logits[:, part] = _linear(hidden, weight[part].to(dtype))
     return logits[:count]
 
 
 def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """[t, H] = grad [t, V/tp] @ weight [V/tp, H], in the type of `grad`."""
-    if grad.dtype == weight.dtype:
-        return _linear(grad, weight.T)
-    out = grad.new_zeros((grad.size(0), weight.size(1)))
-    for part in parts(weight.size(0), _WEIGHT_ROWS):
-        out.add_(_linear(grad[:, part], weight[part].float().T))
-    return out
+    """[t, H] = grad [t, V/tp] @ weight [V/tp, H], all in the type of `weight`."""
+    return _linear(grad.to(weight.dtype), weight.T)
 
 
 def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
@@ -83,6 +76,13 @@ def mixed_gemm(device_type: str) -> bool:
     return True
 
 
+def describe_gemm(device_type: str) -> str:
+    """Which GEMMs the output layer takes on such devices. Example: "fp32 by oneDNN, ..."."""
+    fp32 = "torch.mm" if _fp32_linear(device_type) is None else "oneDNN"
+    mixed = mixed_gemm(device_type)
+    return f"fp32 by {fp32}, bf16 {'with fp32 sums' if mixed else 'in fp32, part by part'}"
+
+
 def parts(count: int, size: int) -> Iterator[slice]:
     """0 to `count`, cut into slices of `size`."""
     return (slice(i, min(i + size, count)) for i in range(0, count, size))
@@ -90,11 +90,16 @@ def parts(count: int, size: int) -> Iterator[slice]:
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [t, n] @ weight [m, n].T, both of one type."""
-    if x.dtype == torch.float32:
-        linear = _fp32_linear(x.device.type)
-        if linear is not None:
-            return linear(x, weight)
-    return torch.mm(x, weight.T)
+    if _plain_linear(x):
+        return torch.mm(x, weight.T)
+    linear = _fp32_linear(x.device.type)
+    assert linear is not None
+    return linear(x, weight)
+
+
+def _plain_linear(x: Tensor) -> bool:
+    """True where `torch.mm` is the GEMM to take."""
+    return x.dtype != torch.float32 or _fp32_linear(x.device.type) is None
 
 
 @cache
@@ -114,5 +119,4 @@ def _fp32_linear(device_type: str) -> Callable[[Tensor, Tensor], Tensor] | None:
         usable = torch.equal(linear(x, x), torch.mm(x, x.T))
     except (AttributeError, NotImplementedError, RuntimeError):
         usable = False
-    logger.info("fp32 output layer on %s: %s", device_type, "oneDNN" if usable else "torch.mm")
     return linear if usable else None

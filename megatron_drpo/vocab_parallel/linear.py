@@ -41,9 +41,22 @@ from megatron_drpo.vocab_parallel.logprobs import (
 from megatron_drpo.vocab_parallel.shard import Shard, check_ids, gather_ranks, shard_of
 from megatron_drpo.vocab_parallel.sweep import sweep_for
 
-CHUNK_BYTES, CHUNK_BYTES_MIXED = 32 << 20, 512 << 20
-"""Logits and their gradient held at a time: enough rows that a GEMM costs more than reading the
-weight for it, which takes more of them where 16-bit GEMMs are fast."""
+
+@dataclass(frozen=True)
+class Budget:
+    """What a chunk of logits and their gradient may take by default."""
+
+    most_bytes: int
+    least_rows: int
+    """Fewer rows than this would make a GEMM cost less than reading the weight for it."""
+
+
+BUDGET, BUDGET_MIXED = Budget(24 << 20, 32), Budget(512 << 20, 1024)
+"""The latter where 16-bit GEMMs are fast, and give fp32 results."""
+_SHARE = 25
+"""A chunk is this part of all logits at most, as far as the least rows and `_SMALL` allow."""
+_SMALL = 1 << 20
+"""Bytes that are not worth a second chunk."""
 
 
 class Scores(NamedTuple):
@@ -115,7 +128,8 @@ def fused_linear_objective(
             None: autograd receives it, from a buffer that lives until then.
         sequence_parallel: gather `hidden` over `group`, and reduce-scatter its gradient.
         group: the tensor-parallel group, None for one rank.
-        chunk_bytes: of logits and their gradient held at a time; None: by device.
+        chunk_bytes: of logits and their gradient held at a time; None: a 25th of all within limits
+            (`Budget`), which depend on the weight's type and device.
 
     Raises:
         ValueError: an id outside [0, vocab_size).
@@ -128,6 +142,7 @@ def fused_linear_objective(
         sequence_parallel=sequence_parallel,
         group=group,
         chunk_bytes=chunk_bytes,
+        num_others=len(others),
     )
     with_grad = torch.is_grad_enabled()
     out = _Fused.apply(hidden, weight, call, token_losses, others, weight_grad, with_grad)
@@ -185,6 +200,7 @@ class _Call(NamedTuple):
     sequence_parallel: bool
     group: dist.ProcessGroup | None
     chunk_bytes: int | None
+    num_others: int = 0
 
     def select(self, hidden: Tensor) -> Tensor:
         """[T, H]: the hidden state of each row of `ids`."""
@@ -221,15 +237,19 @@ class _Call(NamedTuple):
         return [torch.cat(pieces) for pieces in zip(*results, strict=True)]
 
     def rows_per_chunk(self, weight: Tensor) -> int:
-        """As many as the budget has room for, in sixteens where they are many."""
-        chunk_bytes = self.chunk_bytes
-        if chunk_bytes is None:
-            mixed = weight.element_size() == 2 and mixed_gemm(weight.device.type)
-            chunk_bytes = CHUNK_BYTES_MIXED if mixed else CHUNK_BYTES
+        """As many as the budget has room for, in eights where they are many."""
         dtype, size = gradient_dtype(weight), max(weight.element_size(), 4)
+        # Another distribution costs its logits, a copy of the policy's, and fp64 parts of both.
         per_row = size + (dtype.itemsize if dtype.itemsize != size else 0)
-        rows = chunk_bytes // (weight.size(0) * per_row)
-        return max(rows - rows % 16 if rows > 16 else rows, MIN_ROWS)
+        per_row *= weight.size(0) * (1 + 4 * self.num_others)
+        if self.chunk_bytes is not None:
+            rows = self.chunk_bytes // per_row
+        else:
+            mixed = weight.element_size() == 2 and mixed_gemm(weight.device.type)
+            budget = BUDGET_MIXED if mixed else BUDGET
+            share = max(len(self.ids) // _SHARE, budget.least_rows, _SMALL // per_row)
+            rows = min(share, budget.most_bytes // per_row)
+        return max(rows - rows % 8 if rows > 8 else rows, MIN_ROWS)
 
     def temperature_of(self, tokens: slice) -> float | Tensor:
         t = self.temperature
@@ -275,9 +295,7 @@ class _Fused(torch.autograd.Function):
                 total = token_losses(chunk.tokens, scores).sum()
             loss.add_(total.detach())
             if wants_hidden or wants_weight:
-                slopes = torch.autograd.grad(
-                    total, leaves, allow_unused=True, materialize_grads=True
-                )
+                slopes = torch.autograd.grad(total, leaves, allow_unused=True)
                 grad = _logits_gradient(chunk, slopes, distances, gradient_dtype(weight))
                 if hidden_grad is not None:
                     hidden_grad[chunk.tokens] = hidden_gradient(grad, weight)
@@ -309,11 +327,12 @@ class _Fused(torch.autograd.Function):
 
 
 def _logits_gradient(
-    chunk: _Chunk, slopes: Sequence[Tensor], distances: _Distances, dtype: torch.dtype
+    chunk: _Chunk, slopes: Sequence[Tensor | None], distances: _Distances, dtype: torch.dtype
 ) -> Tensor:
     """[t, V/tp]: the gradient of a chunk's logits, in their own storage if `dtype` is theirs."""
     extra = distances.gradient(slopes[2:])
     logits, merged = chunk.logits, chunk.merged
+    slope = torch.zeros_like(merged.logprobs) if slopes[0] is None else slopes[0]
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     sweep_for(logits).gradient(
         logits,
@@ -321,7 +340,7 @@ def _logits_gradient(
         merged.top,
         merged.log_total,
         merged.entropy,
-        slopes[0].reshape(chunk.inputs[0].shape),
+        slope.reshape(chunk.inputs[0].shape),
         slopes[1],
         out,
     )
@@ -350,8 +369,11 @@ class _Distances:
                 for other in others
             ]
 
-    def gradient(self, slopes: Sequence[Tensor]) -> Tensor | None:
+    def gradient(self, slopes: Sequence[Tensor | None]) -> Tensor | None:
         """[t, V/tp]: what `slopes`, one [t] per divergence, send back to the logits."""
-        if not self.values:
+        pairs = zip(self.values, slopes, strict=True)
+        used = [(value, slope) for value, slope in pairs if slope is not None]
+        if not used:
             return None
-        return torch.autograd.grad(self.values, self._logits, list(slopes))[0]
+        values, given = zip(*used, strict=True)
+        return torch.autograd.grad(values, self._logits, given)[0]
