@@ -32,6 +32,10 @@ FAMILY = {
     "ppo\nclip 0.2, 0.28": ObjectiveConfig("ppo", ppo_clip_high=0.28),
     "spo\nepsilon 0.5": ObjectiveConfig("spo", spo_epsilon=0.5),
     "cispo\nclip 1, 0.28": ObjectiveConfig("cispo", cispo_clip_high=0.28),
+    "gspo, one token\nclip 0.2, 0.28": ObjectiveConfig(
+        "gspo", gspo_clip_low=0.2, gspo_clip_high=0.28
+    ),
+    "pg_is": ObjectiveConfig("pg_is"),
 }
 RESOLUTION = 250
 
@@ -40,14 +44,18 @@ def weights(config: ObjectiveConfig, advantage: float) -> tuple[torch.Tensor, ..
     """(mu, pi, w), each [RESOLUTION, RESOLUTION]: mu grows to the right, pi upwards."""
     axis = (torch.arange(RESOLUTION, dtype=torch.float64) + 0.5) / RESOLUTION
     pi, mu = torch.meshgrid(axis, axis, indexing="ij")
-    tokens = Tokens(*(x.flatten() for x in (pi.log(), mu.log(), torch.full_like(pi, advantage))))
+    tokens = Tokens(
+        *(x.flatten() for x in (pi.log(), mu.log(), torch.full_like(pi, advantage))),
+        sequence_log_ratio=(pi / mu).log().flatten(),  # for gspo: sequences of a single token
+        sequence_length=torch.ones(pi.numel()),
+    )
     return mu, pi, build_objective(config)(tokens).gradient_weights.view_as(pi)
 
 
 def draw(path: Path, title: str, panels: Mapping[str, ObjectiveConfig]) -> None:
     """Write a picture: a column for each of `panels`, advantages above 0 over those below."""
     columns = len(panels)
-    figure = Figure(figsize=(2.2 * columns + 1.2, 5.0), layout="constrained")
+    figure = Figure(figsize=(1.9 * columns + 1.2, 4.6), layout="constrained")
     grid = figure.subplots(2, columns, sharex=True, sharey=True)
     norm = TwoSlopeNorm(1, vmin=-1, vmax=3)
     image = None
