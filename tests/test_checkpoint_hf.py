@@ -90,11 +90,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., li
 def megatron_logits(chunk: Any, tokens: Tensor) -> Tensor:
     """[S, V] of one sequence."""
     from megatron_drpo.mcore.attention import row_layout
+    from megatron_drpo.vocab_parallel import project
 
     layout = row_layout(torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
     positions = torch.arange(len(tokens))
     with torch.no_grad():
-        return chunk(tokens, positions, layout, rows=positions)[:, :VOCAB]
+        hidden = chunk(tokens, positions, layout)[:, 0]
+        return project(hidden, chunk.output_weight())[:, :VOCAB]
 
 
 @pytest.mark.parametrize(("family", "tie"), CASES)
