@@ -215,6 +215,8 @@ def _mean_of_sequences(row: Row, values: Tensor) -> Tensor:
     Summed in the order of the tokens: scattered additions would come out differently on each
     tensor-parallel rank, and a mask at its edge with them.
     """
+    if not values.numel():
+        return values
     lengths = _sequence_lengths(row)
     means = torch.segment_reduce(values, "mean", lengths=lengths.long())
     return means[row.sequence]

@@ -97,7 +97,8 @@ def test_extra_memory_is_the_highest_rise_of_a_call() -> None:
         return torch.ones(size // 4, dtype=torch.uint8)
 
     extra, result = extra_memory_of(place, rise)
-    assert size <= extra < 1.1 * size and len(result) == size // 4
+    # The kernel counts resident pages in batches.
+    assert 0.98 * size < extra < 1.1 * size and len(result) == size // 4
     extra, _ = extra_memory_of(place, lambda: torch.ones(1))
     assert extra < size / 10  # earlier peaks are forgotten
 
