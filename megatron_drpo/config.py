@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -597,8 +598,17 @@ class Config:
 
     def flat(self) -> dict[str, object]:
         """Every field by its name, groups dissolved; a tuple becomes a list, as in JSON."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for group in dataclasses.asdict(self).values()
-            for name, value in group.items()
-        }
+        return _flat(dataclasses.asdict(self).values())
+
+    def flat_defaults(self) -> dict[str, object]:
+        """The default of every field, likewise."""
+        groups = (getattr(self, group.name) for group in dataclasses.fields(self))
+        return _flat({f.name: f.default for f in dataclasses.fields(group)} for group in groups)
+
+
+def _flat(groups: Iterable[Mapping[str, object]]) -> dict[str, object]:
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for group in groups
+        for name, value in group.items()
+    }

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from megatron_drpo.checkpoint import resume
-from megatron_drpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from megatron_drpo.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from megatron_drpo.errors import CheckpointError
 
 
@@ -86,6 +93,16 @@ def test_what_changes_the_learning_may_not_change(checkpoint: Path) -> None:
         resume.check_same_run(checkpoint, other)
     assert "--lr: the checkpoint has 1e-06, this run 0.001" in str(refused.value)
     assert "--seed: the checkpoint has 1234, this run 7" in str(refused.value)
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(checkpoint: Path) -> None:
+    state = json.loads((checkpoint / resume.STATE).read_text())
+    del state["config"]["kl_coef"], state["config"]["rollout_stop_ids"]
+    (checkpoint / resume.STATE).write_text(json.dumps(state))
+    resume.check_same_run(checkpoint, config())
+    other = config(objective=ObjectiveConfig(kl_coef=0.1))
+    with pytest.raises(CheckpointError, match="--kl-coef: the checkpoint has 0.0, this run 0.1"):
+        resume.check_same_run(checkpoint, other)
 
 
 def test_the_length_of_a_decay_may_not_change(checkpoint: Path) -> None:

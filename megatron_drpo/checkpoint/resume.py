@@ -129,7 +129,8 @@ def check_same_run(path: Path, config: Config) -> None:
     Raises:
         CheckpointError: lists each differing flag with both values.
     """
-    saved, now = read_state(path)["config"], config.flat()
+    # A setting that is newer than the checkpoint had its default's effect then.
+    saved, now = config.flat_defaults() | read_state(path)["config"], config.flat()
     decays = config.optimizer.lr_decay_style != "constant"
     fixed = MAY_CHANGE
     if decays and config.optimizer.lr_decay_iters is None:
