@@ -6,6 +6,7 @@ use in there `seconds_of` and `extra_memory_of` a call. Memory needs Linux: it i
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import math
@@ -209,6 +210,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def number(value: float, digits: int = 2) -> str:
     """A table's cell; a dash for NaN, where there is none."""
     return "-" if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def add_settings(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    """The flags that every benchmark has."""
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=1, help="of each rank")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+
+
+def check_counts(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """Refuse flags below 1: those in `names`, and of `add_settings`."""
+    for name in (*names, "rounds", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ import torch
 from benchmarks.measure import (
     MB,
     Place,
+    add_settings,
+    check_counts,
     conditions,
     extra_memory_of,
     machine,
@@ -200,14 +202,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab", type=int, default=151_936, help="V")
     parser.add_argument("--responses", type=int, default=128, help="of one update, all loss tokens")
     parser.add_argument("--tp", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="ranks")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    add_settings(parser, rounds=3)
     options = parser.parse_args(argv)
-    for name in ("vocab", "responses", "rounds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    check_counts(parser, options, "vocab", "responses")
     results = measure(
         options.vocab,
         options.responses,

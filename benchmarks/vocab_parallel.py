@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,8 @@ from benchmarks.contenders import CONTENDERS, Inputs, Problem
 from benchmarks.measure import (
     MB,
     Place,
+    add_settings,
+    check_counts,
     conditions,
     extra_memory_of,
     machine,
@@ -314,16 +315,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab", type=int, default=151_936, help="V, a multiple of --tp")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--tp", type=int, choices=(1, 2, 4), default=1, help="ranks")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="these contenders only")
     parser.add_argument("--sweep", action="store_true", help="ours fused, over several T and V")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    add_settings(parser, rounds=5)
     options = parser.parse_args(argv)
-    for name in ("tokens", "hidden", "vocab", "rounds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    check_counts(parser, options, "tokens", "hidden", "vocab")
     if options.vocab % options.tp:
         parser.error(f"--vocab {options.vocab}: must be a multiple of --tp {options.tp}")
     if options.sweep and options.only:

@@ -27,7 +27,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_drpo.vocab_parallel.logprobs import local_ids, row_temperature
-from megatron_drpo.vocab_parallel.shard import add_ranks, check_ids, gather_ranks, shard_of
+from megatron_drpo.vocab_parallel.shard import (
+    add_ranks,
+    check_ids,
+    gather_ranks,
+    merge_sums,
+    shard_of,
+)
 from megatron_drpo.vocab_parallel.topk import candidates, check_k, gather_together
 
 Kind = Literal["tv", "kl_pq", "kl_qp", "js", "l2"]
@@ -156,9 +162,8 @@ def _partials(logits: Tensor, temperature: Tensor, without: Tensor, real: int) -
 
 def _merge(ranks: Tensor) -> tuple[Tensor, Tensor]:
     """[n, T] each: top and log_total, from [ranks, n, 2, T] partials."""
-    tops, sums = ranks.unbind(2)
-    top = tops.max(0).values
-    return top, add_ranks(sums * (tops - top).exp()).log()
+    top, total = merge_sums(*ranks.unbind(2))
+    return top, total.log()
 
 
 def _remove(z: Tensor, columns: Tensor) -> Tensor:

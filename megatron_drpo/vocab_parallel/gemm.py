@@ -7,11 +7,13 @@ average, as much as many updates. GPUs keep the fp32 sums of a 16-bit GEMM when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from megatron_drpo.vocab_parallel.shard import parts
 
 MIN_ROWS = 4
 """Fewer rows than this make CPU libraries take another GEMM kernel, with other rounding."""
@@ -29,11 +31,13 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
     count = hidden.size(0)
     if count < MIN_ROWS:
         hidden = torch.cat([hidden, hidden.new_zeros(MIN_ROWS - count, hidden.size(1))])
-    if weight.element_size() == 2 and mixed_gemm(weight.device.type):
+    if is_mixed(weight):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)[:count]
     dtype = torch.promote_types(weight.dtype, torch.float32)
     hidden = hidden.to(dtype)
-    if _plain_linear(hidden) and weight.dtype == dtype:
+    if weight.dtype == dtype and (
+        dtype == torch.float64 or _fp32_linear(weight.device.type) is None
+    ):
         return torch.mm(hidden, weight.T)[:count]
     logits = hidden.new_empty((hidden.size(0), weight.size(0)))
     for part in parts(weight.size(0), _WEIGHT_ROWS):
@@ -60,13 +64,16 @@ def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
 
 def gradient_dtype(weight: Tensor) -> torch.dtype:
     """The type that the GEMMs of the backward pass want the logits' gradient in."""
-    if weight.element_size() > 2 or mixed_gemm(weight.device.type):
-        return weight.dtype
-    return torch.float32
+    return weight.dtype if is_mixed(weight) else torch.promote_types(weight.dtype, torch.float32)
+
+
+def is_mixed(weight: Tensor) -> bool:
+    """True for 16-bit weights whose GEMMs keep their fp32 sums."""
+    return weight.element_size() == 2 and _mixed_gemm(weight.device.type)
 
 
 @cache
-def mixed_gemm(device_type: str) -> bool:
+def _mixed_gemm(device_type: str) -> bool:
     """True if this type of device multiplies 16-bit matrices into an fp32 result."""
     x = torch.ones((16, 16), dtype=torch.bfloat16, device=device_type)
     try:
@@ -79,27 +86,14 @@ def mixed_gemm(device_type: str) -> bool:
 def describe_gemm(device_type: str) -> str:
     """Which GEMMs the output layer takes on such devices. Example: "fp32 by oneDNN, ..."."""
     fp32 = "torch.mm" if _fp32_linear(device_type) is None else "oneDNN"
-    mixed = mixed_gemm(device_type)
+    mixed = _mixed_gemm(device_type)
     return f"fp32 by {fp32}, bf16 {'with fp32 sums' if mixed else 'in fp32, part by part'}"
-
-
-def parts(count: int, size: int) -> Iterator[slice]:
-    """0 to `count`, cut into slices of `size`."""
-    return (slice(i, min(i + size, count)) for i in range(0, count, size))
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [t, n] @ weight [m, n].T, both of one type."""
-    if _plain_linear(x):
-        return torch.mm(x, weight.T)
-    linear = _fp32_linear(x.device.type)
-    assert linear is not None
-    return linear(x, weight)
-
-
-def _plain_linear(x: Tensor) -> bool:
-    """True where `torch.mm` is the GEMM to take."""
-    return x.dtype != torch.float32 or _fp32_linear(x.device.type) is None
+    fp32 = _fp32_linear(x.device.type) if x.dtype == torch.float32 else None
+    return torch.mm(x, weight.T) if fp32 is None else fp32(x, weight)
 
 
 @cache

@@ -27,8 +27,7 @@ from megatron_drpo.vocab_parallel.gemm import (
     add_weight_gradient,
     gradient_dtype,
     hidden_gradient,
-    mixed_gemm,
-    parts,
+    is_mixed,
     project,
 )
 from megatron_drpo.vocab_parallel.logprobs import (
@@ -38,7 +37,7 @@ from megatron_drpo.vocab_parallel.logprobs import (
     merge,
     row_temperature,
 )
-from megatron_drpo.vocab_parallel.shard import Shard, check_ids, gather_ranks, shard_of
+from megatron_drpo.vocab_parallel.shard import Shard, check_ids, gather_ranks, parts, shard_of
 from megatron_drpo.vocab_parallel.sweep import sweep_for
 
 
@@ -245,8 +244,7 @@ class _Call(NamedTuple):
         if self.chunk_bytes is not None:
             rows = self.chunk_bytes // per_row
         else:
-            mixed = weight.element_size() == 2 and mixed_gemm(weight.device.type)
-            budget = BUDGET_MIXED if mixed else BUDGET
+            budget = BUDGET_MIXED if is_mixed(weight) else BUDGET
             share = max(len(self.ids) // _SHARE, budget.least_rows, _SMALL // per_row)
             rows = min(share, budget.most_bytes // per_row)
         return max(rows - rows % 8 if rows > 8 else rows, MIN_ROWS)

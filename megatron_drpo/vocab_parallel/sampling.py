@@ -230,28 +230,24 @@ def _inverse_cdf(
 ) -> Tensor:
     """int64 [B]: the first id whose cumulative mass exceeds the uniform share of the total."""
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    start = logits.size(-1) * rank
+    shard = shard_of(logits.size(-1), vocab_size, group)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    z[:, max(vocab_size - start, 0) :] = -torch.inf
+    z[:, shard.real :] = -torch.inf
     top = z.max(-1).values
     if size > 1:
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     cumulative = (z - top[:, None]).exp_().double().cumsum(-1)
     mass = cumulative[:, -1].contiguous()
-    masses = [mass]
-    if size > 1:
-        masses = [torch.empty_like(mass) for _ in range(size)]
-        dist.all_gather(masses, mass, group=group)
     # The rank between whose edges the goal lies owns the draw. All ranks have the same edges, and a
     # uniform below 1 stays below the last one, so exactly one rank does, and it has mass.
-    edges = torch.stack(masses).cumsum(0)
+    edges = gather_ranks(mass, group).cumsum(0)
     _check(edges[-1])
     goal = uniforms * edges[-1]
     owner = (edges <= goal).sum(0)
     before = edges[rank - 1] if rank else 0.0
     local = torch.searchsorted(cumulative, (goal - before)[:, None], right=True)[:, 0]
     last = torch.searchsorted(cumulative, mass[:, None])[:, 0]  # with mass, against rounding
-    ids = (torch.minimum(local, last) + start).where(owner == rank, 0)
+    ids = (torch.minimum(local, last) + shard.start).where(owner == rank, 0)
     if size > 1:
         dist.all_reduce(ids, group=group)
     return ids

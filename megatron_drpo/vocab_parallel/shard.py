@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import reduce
 from typing import NamedTuple
 
@@ -55,6 +56,12 @@ def gather_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return torch.stack(parts)
 
 
+def merge_sums(tops: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """From each rank's maximum m and sum of exp(z - m), [ranks, ...], those of all ranks, [...]."""
+    top = tops.max(0).values
+    return top, add_ranks(sums * (tops - top).exp())
+
+
 def add_ranks(values: Tensor) -> Tensor:
     """[...]: the sum of [ranks, ...] in the ranks' order, to the same bits in any batch.
 
@@ -62,3 +69,8 @@ def add_ranks(values: Tensor) -> Tensor:
     have other bits alone than beside others.
     """
     return reduce(torch.add, values.unbind(0))
+
+
+def parts(count: int, size: int) -> Iterator[slice]:
+    """0 to `count`, cut into slices of `size`."""
+    return (slice(i, min(i + size, count)) for i in range(0, count, size))

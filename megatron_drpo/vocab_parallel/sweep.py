@@ -10,7 +10,7 @@ neither on the rows beside it nor on the size of the chunk. Three implementation
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_drpo.vocab_parallel import sweep_c
+from megatron_drpo.vocab_parallel.shard import parts
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,8 @@ class Sweep:
     occur several times in a row. `out` may be `logits`; it may have another float type."""
 
 
-def _rows(rows: int, columns: int) -> list[slice]:
-    step = max(_CHUNK_ELEMENTS // max(columns, 1), 1)
-    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+def _rows(rows: int, columns: int) -> Iterator[slice]:
+    return parts(rows, max(_CHUNK_ELEMENTS // max(columns, 1), 1))
 
 
 def _acc(logits: Tensor) -> torch.dtype:

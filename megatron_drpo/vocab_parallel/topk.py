@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_drpo.vocab_parallel.logprobs import row_temperature
-from megatron_drpo.vocab_parallel.shard import Shard, add_ranks, gather_ranks, shard_of
+from megatron_drpo.vocab_parallel.shard import Shard, gather_ranks, merge_sums, shard_of
 from megatron_drpo.vocab_parallel.sweep import sweep_for
 
 _TIE_ELEMENTS = 1 << 22
@@ -85,10 +85,9 @@ def vocab_parallel_topk(
     )
     logit, ids, z = (_side_by_side(part) for part in lists)
     order = logit.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    top = tops.max(0).values
-    log_total = add_ranks(sums * (tops - top).exp()).log()
+    top, total = merge_sums(tops, sums)
     # The order of operations of `logprobs.merge`, to the same bits.
-    logprobs = z.gather(-1, order) - top[:, None] - log_total[:, None]
+    logprobs = z.gather(-1, order) - top[:, None] - total.log()[:, None]
     return TopK(ids.gather(-1, order), logprobs)
 
 
