@@ -36,7 +36,7 @@ def test_every_entry_shards_as_written_out_and_comes_back(
     architecture = read_architecture(tmp_path)
     padded = 64  # of 61: the last rank of 8 holds 5 real rows
     for template in family.first + family.layer + family.last:
-        entry = template.of_layer(1)
+        entry = template.at(1)
         name = entry.megatron[0]
         tensors = [hf[source] for source in entry.hf]
         assert entry.transform.hf_shapes(architecture) == tuple(t.shape for t in tensors)

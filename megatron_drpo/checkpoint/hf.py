@@ -191,10 +191,9 @@ def _verified(directory: Path, architecture: Architecture) -> dict[str, _Stored]
     problems: list[str] = []
     stored = _read_headers(directory, problems)
     family = family_of(architecture)
-    entries = _entries(architecture)
     expected = {
         name: shape
-        for entry in entries
+        for entry in family.entries(architecture)
         for name, shape in zip(entry.hf, entry.transform.hf_shapes(architecture), strict=True)
     }
     missing = [name for name in expected if name not in stored]
@@ -305,17 +304,6 @@ def _sources(
 # --- Megatron side: which parameter is which entry ----------------------------------------------
 
 
-def _entries(architecture: Architecture) -> list[Entry]:
-    """Every entry of the whole model."""
-    family = family_of(architecture)
-    layers = range(architecture.num_layers)
-    return [
-        *family.first,
-        *(entry.of_layer(layer) for layer in layers for entry in family.layer),
-        *family.last,
-    ]
-
-
 def _unwrap(chunk: Any) -> Any:
     """The GPTModel inside DistributedDataParallel and Float16Module."""
     while hasattr(chunk, "module"):
@@ -335,7 +323,7 @@ def _bind(architecture: Architecture, chunks: Sequence[nn.Module]) -> Iterator[_
     for model in map(_unwrap, chunks):
         layers = [layer.layer_number - 1 for layer in model.decoder.layers]
         expected += family.first if model.pre_process else ()
-        expected += [entry.of_layer(layer) for layer in layers for entry in family.layer]
+        expected += [e for layer in layers for e in family.of_layer(architecture, layer)]
         # The output layer of a tied model has its own copy only where the embedding is elsewhere.
         shared = architecture.tie_word_embeddings and model.pre_process
         expected += [

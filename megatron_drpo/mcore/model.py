@@ -23,14 +23,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_drpo.checkpoint.families import Architecture
+from megatron_drpo.checkpoint.families import Architecture, padded_vocab_size
 from megatron_drpo.config import ModelConfig
 from megatron_drpo.device import Device
 from megatron_drpo.mcore import attention
 from megatron_drpo.mcore.parallel import Layout
-
-VOCAB_MULTIPLE = 16
-"""Rows of the embedding on each tensor-parallel rank are a multiple of this."""
 
 
 class PolicyModel(GPTModel):
@@ -131,11 +128,6 @@ def use_transformer_engine(config: ModelConfig) -> bool:
     if config.transformer_impl == "auto":
         return attention.HAVE_TE
     return config.transformer_impl == "transformer_engine"
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Rows of the embedding over all ranks; rows from `vocab_size` on are padding."""
-    return attention.round_up(vocab_size, VOCAB_MULTIPLE * tp_size)
 
 
 def build_model(

@@ -15,10 +15,25 @@ from typing import Any
 
 from megatron_drpo.checkpoint.families.llama import LLAMA
 from megatron_drpo.checkpoint.families.qwen3 import QWEN3
-from megatron_drpo.checkpoint.families.table import Architecture, Entry, Family
+from megatron_drpo.checkpoint.families.table import (
+    Architecture,
+    Entry,
+    Family,
+    RopeScaling,
+    padded_vocab_size,
+)
 from megatron_drpo.errors import CheckpointError
 
-__all__ = ["FAMILIES", "Architecture", "Entry", "Family", "family_of", "read_architecture"]
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "Entry",
+    "Family",
+    "RopeScaling",
+    "family_of",
+    "padded_vocab_size",
+    "read_architecture",
+]
 
 FAMILIES = (LLAMA, QWEN3)
 

@@ -10,6 +10,7 @@ _QK_NORM = tuple(
         ("decoder.layers.{layer}.self_attention." + f"{head}_layernorm.weight",),
         ("model.layers.{layer}.self_attn." + f"{head}_norm.weight",),
         Copy(("kv_channels",)),
+        "decoder.layers.self_attention." + f"{head}_layernorm.weight",
     )
     for head in "qk"
 )

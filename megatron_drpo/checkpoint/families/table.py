@@ -12,12 +12,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_drpo.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies of rotary embeddings are stretched for a longer context.
+
+    Example (Llama 3.1): RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    """
+
+    kind: Literal["linear", "llama3"]
+    """linear: all frequencies / factor; llama3: the low ones, with a smooth passage (Llama 3.1)."""
+    factor: float
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original length / this are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original length / this stay."""
+    original_max_position_embeddings: int = 8192
+    """llama3: the context length before stretching."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +49,11 @@ class Architecture:
     """
 
     family: str
-    """`llama` or `qwen3`: which table converts the weights."""
+    """`model_type` of config.json: which table converts the weights."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Size of the MLP's inner layer; of each expert's in a mixture of experts."""
     num_attention_heads: int
     num_query_groups: int
     """Key/value heads; each serves num_attention_heads / num_query_groups query heads."""
@@ -43,6 +62,7 @@ class Architecture:
     vocab_size: int
     """Rows of the embedding as stored; Megatron may pad them."""
     max_position_embeddings: int
+    """Longest sequence; at most the sliding window, within which attention is full attention."""
     norm_epsilon: float
     rotary_base: float
     tie_word_embeddings: bool
@@ -52,6 +72,13 @@ class Architecture:
     add_qkv_bias: bool
     hf_dtype: str
     """dtype named by config.json: `float32`, `bfloat16` or `float16`."""
+    rope_scaling: RopeScaling | None = None
+    num_experts: int = 0
+    """Experts of each layer; 0: a dense model."""
+    num_experts_per_token: int = 0
+    """Experts that each token is routed to."""
+    normalize_router_weights: bool = False
+    """A token's router weights sum to 1 over its experts, not over all experts."""
 
     @property
     def query_size(self) -> int:
@@ -64,6 +91,16 @@ class Architecture:
         return self.num_query_groups * self.kv_channels
 
 
+VOCAB_MULTIPLE = 16
+"""Rows of the embedding on each tensor-parallel rank are a multiple of this."""
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding over all ranks; rows from `vocab_size` on are padding."""
+    multiple = VOCAB_MULTIPLE * tp_size
+    return -(-vocab_size // multiple) * multiple
+
+
 class Transform(Protocol):
     """How some Hugging Face tensors become one Megatron parameter, and back."""
 
@@ -74,6 +111,18 @@ class Transform(Protocol):
 
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
         """Shape of each Hugging Face tensor."""
+        ...
+
+    def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
+        """Shape of the whole parameter, without padding of the vocabulary."""
+        ...
+
+    def cuts(self, arch: Architecture, tp_size: int) -> tuple[int, list[int]]:
+        """(dim, bounds): where TP of this size cuts the whole parameter.
+
+        `bounds` begin with 0 and end with the dim's size; each piece between two of them belongs to
+        one rank, and a rank may hold several.
+        """
         ...
 
     def to_megatron(
@@ -96,6 +145,10 @@ def _share(total: int, rank: int, size: int) -> slice:
     return slice(total * rank // size, total * (rank + 1) // size)
 
 
+def _bounds(total: int, size: int) -> list[int]:
+    return [total * rank // size for rank in range(size + 1)]
+
+
 @dataclass(frozen=True)
 class Copy:
     """The same tensor in both, split over TP along one dim or held whole by every rank."""
@@ -110,7 +163,18 @@ class Copy:
         return self.split is not None
 
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
-        return (tuple(getattr(arch, dim) for dim in self.dims),)
+        return (self.megatron_shape(arch),)
+
+    def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
+        return tuple(getattr(arch, dim) for dim in self.dims)
+
+    def cuts(self, arch: Architecture, tp_size: int) -> tuple[int, list[int]]:
+        shape = self.megatron_shape(arch)
+        return (
+            (0, [0, shape[0]])
+            if self.split is None
+            else (self.split, _bounds(shape[self.split], tp_size))
+        )
 
     def to_megatron(
         self,
@@ -134,11 +198,22 @@ class Copy:
 class QueryKeyValue:
     """q, k, v <-> rows `[q..q k v]` of each query group, groups in order, rows split over TP."""
 
+    bias: bool = False
+    """The vector of biases instead of the matrix."""
     sharded = True
 
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
         sizes = (arch.query_size, arch.key_value_size, arch.key_value_size)
-        return tuple((size, arch.hidden_size) for size in sizes)
+        return tuple((size, *self._columns(arch)) for size in sizes)
+
+    def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
+        return (arch.query_size + 2 * arch.key_value_size, *self._columns(arch))
+
+    def cuts(self, arch: Architecture, tp_size: int) -> tuple[int, list[int]]:
+        return 0, _bounds(self.megatron_shape(arch)[0], tp_size)
+
+    def _columns(self, arch: Architecture) -> tuple[int, ...]:
+        return () if self.bias else (arch.hidden_size,)
 
     def to_megatron(
         self,
@@ -150,21 +225,21 @@ class QueryKeyValue:
     ) -> Tensor:
         # A rank may hold part of a group (tp above the number of groups): read the groups that
         # its rows touch, then cut.
-        group_rows = (arch.query_size + 2 * arch.key_value_size) // arch.num_query_groups
+        group_rows = self.megatron_shape(arch)[0] // arch.num_query_groups
         rows = _share(group_rows * arch.num_query_groups, tp_rank, tp_size)
         first, last = rows.start // group_rows, -(-rows.stop // group_rows)
         parts = []
-        for source, (size, hidden) in zip(hf, self.hf_shapes(arch), strict=True):
+        for source, (size, *columns) in zip(hf, self.hf_shapes(arch), strict=True):
             per_group = size // arch.num_query_groups
             part = source[first * per_group : last * per_group]
-            parts.append(part.reshape(last - first, per_group, hidden))
+            parts.append(part.reshape(last - first, per_group, *columns))
         groups = torch.cat(parts, dim=1).flatten(0, 1)
         return groups[rows.start - first * group_rows : rows.stop - first * group_rows]
 
     def to_hf(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         shapes = self.hf_shapes(arch)
         groups = torch.cat(list(shards)).unflatten(0, (arch.num_query_groups, -1))
-        parts = groups.split([size // arch.num_query_groups for size, _ in shapes], dim=1)
+        parts = groups.split([size // arch.num_query_groups for size, *_ in shapes], dim=1)
         return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
@@ -176,6 +251,14 @@ class GatedMLP:
 
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
         return ((arch.ffn_hidden_size, arch.hidden_size),) * 2
+
+    def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
+        return (2 * arch.ffn_hidden_size, arch.hidden_size)
+
+    def cuts(self, arch: Architecture, tp_size: int) -> tuple[int, list[int]]:
+        # The whole parameter is [gate; up], each cut for itself.
+        bounds = _bounds(arch.ffn_hidden_size, tp_size)
+        return 0, bounds + [arch.ffn_hidden_size + bound for bound in bounds[1:]]
 
     def to_megatron(
         self,
@@ -200,7 +283,14 @@ class Vocab:
     sharded = True
 
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
-        return ((arch.vocab_size, arch.hidden_size),)
+        return (self.megatron_shape(arch),)
+
+    def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
+        return (arch.vocab_size, arch.hidden_size)
+
+    def cuts(self, arch: Architecture, tp_size: int) -> tuple[int, list[int]]:
+        rows = padded_vocab_size(arch.vocab_size, tp_size) // tp_size
+        return 0, [*range(0, arch.vocab_size, rows), arch.vocab_size]
 
     def to_megatron(
         self,
@@ -230,20 +320,39 @@ class Vocab:
 class Entry:
     """One Megatron parameter and the Hugging Face tensors it is made of.
 
-    `{layer}` stands for the layer's number in the whole model, from 0.
+    As declared, `{layer}` stands for the layer's number in the whole model and `{expert}` for the
+    expert's in its layer, both from 0; `at` fills them in.
     """
 
     megatron: tuple[str, ...]
     """The local layer spec's name, then what other specs call the same parameter."""
     hf: tuple[str, ...]
     transform: Transform
+    key: str
+    """Name in Megatron's distributed checkpoints, which stack the layers (and within them the
+    experts) of a parameter along leading dims of one tensor."""
+    index: tuple[int, ...] = ()
+    """Place along those leading dims: (), (layer,) or (layer, expert)."""
 
-    def of_layer(self, layer: int) -> Entry:
-        """This entry with the layer's number filled in."""
+    @property
+    def name(self) -> str:
+        """For people and manifests. Example: `decoder.layers.mlp.linear_fc1.weight[3]`."""
+        return self.key + (f"[{','.join(map(str, self.index))}]" if self.index else "")
+
+    @property
+    def is_expert(self) -> bool:
+        """One of a layer's experts: split over expert-parallel ranks."""
+        return len(self.index) == 2 or any("{expert}" in name for name in self.hf)
+
+    def at(self, layer: int, expert: int | None = None) -> Entry:
+        """This entry with the numbers of layer and expert filled in."""
+        places = {"layer": layer, "expert": expert}
         return Entry(
-            tuple(name.format(layer=layer) for name in self.megatron),
-            tuple(name.format(layer=layer) for name in self.hf),
+            tuple(name.format(**places) for name in self.megatron),
+            tuple(name.format(**places) for name in self.hf),
             self.transform,
+            self.key,
+            (layer,) if expert is None else (layer, expert),
         )
 
 
@@ -271,3 +380,16 @@ class Family:
     """The two names of a tied weight, the one that is exported first."""
     derived: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Endings of stored tensors that follow from config.json and are not read."""
+
+    def entries(self, arch: Architecture) -> list[Entry]:
+        """Every entry of the whole model, in the order of the forward pass."""
+        layers = range(arch.num_layers)
+        return [*self.first, *(e for n in layers for e in self.of_layer(arch, n)), *self.last]
+
+    def of_layer(self, arch: Architecture, layer: int) -> list[Entry]:
+        """Every entry of one layer, its experts in order."""
+        return [
+            entry.at(layer, expert)
+            for entry in self.layer
+            for expert in (range(arch.num_experts) if entry.is_expert else (None,))
+        ]
