@@ -7,10 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from megatron_drpo.checkpoint.families import Architecture, read_architecture
+from megatron_drpo.checkpoint.families import (
+    FAMILIES,
+    Architecture,
+    RopeScaling,
+    read_architecture,
+    rotary_frequencies,
+)
 from megatron_drpo.errors import CheckpointError
-from tests.tiny_models import hf_classes, tiny_model
+from tests.published_configs import PUBLISHED
+from tests.tiny_models import MOE, VOCAB, hf_classes, save_tiny, tiny_model
+
+NAMES = [family.name for family in FAMILIES]
 
 EXPECTED = {
     "num_layers": 4,
@@ -23,9 +34,20 @@ EXPECTED = {
     "max_position_embeddings": 64,
     "norm_epsilon": 1e-5,
     "rotary_base": 5000.0,
-    "add_qkv_bias": False,
     "hf_dtype": "float32",
 }
+
+
+def expected(family: str, **changes: Any) -> Architecture:
+    """What the tiny model of a family must be read as."""
+    moe = {"num_experts": 4, "num_experts_per_token": 2, "normalize_router_weights": True}
+    own = {
+        "family": family,
+        "tie_word_embeddings": False,
+        "qk_layernorm": family in ("qwen3", "qwen3_moe"),
+        "add_qkv_bias": family == "qwen2",
+    }
+    return Architecture(**EXPECTED | own | (moe if family in MOE else {}) | changes)
 
 
 def write(directory: Path, family: str, tie: bool = False, **changes: Any) -> dict[str, Any]:
@@ -34,50 +56,148 @@ def write(directory: Path, family: str, tie: bool = False, **changes: Any) -> di
     path = directory / "config.json"
     config = json.loads(path.read_text())
     config |= {"architectures": [hf_classes(family)[1].__name__], "dtype": "float32"} | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value != "DROP"}))
+    config = {key: value for key, value in config.items() if value != "DROP"}
+    path.write_text(json.dumps(config))
     return config
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("tie", [False, True])
 def test_reads_what_transformers_5_writes(tmp_path: Path, family: str, tie: bool) -> None:
     write(tmp_path, family, tie)
-    assert read_architecture(tmp_path) == Architecture(
-        family=family, tie_word_embeddings=tie, qk_layernorm=family == "qwen3", **EXPECTED
-    )
+    assert read_architecture(tmp_path) == expected(family, tie_word_embeddings=tie)
 
 
+@pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("rope_scaling", [None, {"type": "default"}, {"rope_type": "default"}])
-def test_reads_what_transformers_4_wrote(tmp_path: Path, rope_scaling: Any) -> None:
-    old = {"rope_parameters": "DROP", "rope_theta": 5000.0, "rope_scaling": rope_scaling}
-    write(tmp_path, "llama", dtype="DROP", torch_dtype="bfloat16", **old)
-    assert read_architecture(tmp_path) == Architecture(
-        family="llama",
-        tie_word_embeddings=False,
-        qk_layernorm=False,
-        **(EXPECTED | {"hf_dtype": "bfloat16"}),
+def test_reads_what_transformers_4_wrote(tmp_path: Path, family: str, rope_scaling: Any) -> None:
+    old: dict[str, Any] = {"rope_parameters": "DROP", "rope_theta": 5000.0}
+    old |= {"rope_scaling": rope_scaling}
+    old |= {"layer_types": "DROP", "dtype": "DROP", "torch_dtype": "bfloat16"}
+    if family == "qwen3_moe":
+        old |= {"num_local_experts": "DROP", "num_experts": 4}
+    write(tmp_path, family, **old)
+    assert read_architecture(tmp_path) == expected(family, hf_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_reads_published_models(tmp_path: Path, name: str) -> None:
+    config, architecture = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_architecture(tmp_path) == architecture
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_missing_keys_mean_what_transformers_takes_for_them(tmp_path: Path, family: str) -> None:
+    optional = (
+        *("num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "dtype"),
+        *("tie_word_embeddings", "sliding_window", "use_sliding_window", "max_window_layers"),
+        *("layer_types", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "hidden_act"),
     )
+    # Where the number of key/value heads has a default, it must divide that of the heads.
+    changes: dict[str, Any] = dict.fromkeys(optional, "DROP")
+    changes |= {"num_attention_heads": 32, "hidden_size": 64, "max_position_embeddings": 10000}
+    kept = write(tmp_path, family, **changes)
+    make_config, make_model = hf_classes(family)
+    theirs = make_config(**kept)
+    ours = read_architecture(tmp_path)
+    assert ours.num_query_groups == theirs.num_key_value_heads
+    with torch.device("meta"):
+        assert ours.kv_channels == make_model(theirs).model.layers[0].self_attn.head_dim
+    assert ours.rotary_base == theirs.rope_parameters["rope_theta"]
+    assert ours.norm_epsilon == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.hf_dtype == "float32"
+    window = getattr(theirs, "sliding_window", None)  # already None where it is not in use
+    assert ours.max_position_embeddings == min(10000, window or 10000)
+    # A Mixtral has no such key, and normalizes.
+    assert ours.normalize_router_weights == getattr(theirs, "norm_topk_prob", family == "mixtral")
 
 
-def test_missing_keys_mean_what_transformers_takes_for_them(tmp_path: Path) -> None:
-    drop = dict.fromkeys(
-        ("num_key_value_heads", "head_dim", "rope_parameters", "tie_word_embeddings", "dtype"),
-        "DROP",
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("layers", [28, 29])
+def test_defaults_of_a_window_that_is_switched_on(tmp_path: Path, family: str, layers: int) -> None:
+    kept = write(
+        tmp_path,
+        family,
+        use_sliding_window=True,
+        num_hidden_layers=layers,
+        max_position_embeddings=10000,
+        **dict.fromkeys(("sliding_window", "max_window_layers", "layer_types"), "DROP"),
     )
-    for family in ("llama", "qwen3"):
-        config = write(tmp_path, family, **drop)
-        kept = {key: value for key, value in config.items() if value != "DROP"}
-        if family == "qwen3":  # its defaults are numbers, and 32 groups need as many heads
-            write(tmp_path, family, **drop, num_attention_heads=64)
-            kept["num_attention_heads"] = 64
-        theirs = hf_classes(family)[0](**kept)
-        ours = read_architecture(tmp_path)
-        assert ours.num_query_groups == theirs.num_key_value_heads
-        assert ours.kv_channels == theirs.head_dim
-        assert ours.rotary_base == theirs.rope_parameters["rope_theta"] == 10000.0
-        assert ours.tie_word_embeddings == theirs.tie_word_embeddings
-        assert ours.hf_dtype == "float32"
+    theirs = hf_classes(family)[0](**kept)
+    # A Qwen3-MoE has no types of layers: all of them slide.
+    slides = "sliding_attention" in getattr(theirs, "layer_types", ["sliding_attention"])
+    assert slides == (family == "qwen3_moe" or layers == 29)
+    longest = theirs.sliding_window if slides else 10000
+    assert read_architecture(tmp_path).max_position_embeddings == longest
 
+
+@pytest.mark.parametrize("family", MOE)
+def test_experts_under_either_name(tmp_path: Path, family: str) -> None:
+    names = ("num_experts", "num_local_experts")
+    for name in names:
+        changes: dict[str, Any] = dict.fromkeys(names, "DROP") | {name: 3}
+        write(tmp_path, family, **changes)
+        assert read_architecture(tmp_path).num_experts == 3
+    write(tmp_path, family, num_experts=3, num_local_experts=4)
+    with pytest.raises(CheckpointError, match="num_.*experts: [34], but num_.*experts: [34]"):
+        read_architecture(tmp_path)
+
+
+def test_router_weights_of_qwen3_moe_are_normalized_on_demand(tmp_path: Path) -> None:
+    for value in (False, True):
+        write(tmp_path, "qwen3_moe", norm_topk_prob=value)
+        assert read_architecture(tmp_path).normalize_router_weights is value
+
+
+# --- Sliding windows ----------------------------------------------------------------------------
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 6, "layer_types": "DROP"}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "longest"),
+    [
+        ("mistral", {"sliding_window": 6}, 6),
+        ("mistral", {"sliding_window": 100}, 64),
+        ("mistral", {"sliding_window": None}, 64),
+        ("mixtral", {"sliding_window": 6}, 6),
+        ("qwen2", SLIDING | {"max_window_layers": 3}, 6),
+        ("qwen2", SLIDING | {"max_window_layers": 4}, 64),  # of 4 layers
+        ("qwen2", SLIDING | {"use_sliding_window": False, "max_window_layers": 0}, 64),
+        ("qwen3", SLIDING | {"max_window_layers": 0}, 6),
+        (
+            "qwen3",
+            SLIDING | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+            6,
+        ),
+        ("qwen3", SLIDING | {"layer_types": ["full_attention"] * 4, "max_window_layers": 0}, 64),
+        ("qwen3_moe", SLIDING | {"max_window_layers": 4}, 6),  # a key that Qwen3-MoE ignores
+        ("qwen3_moe", SLIDING | {"use_sliding_window": False}, 64),
+    ],
+)
+def test_the_longest_sequence_is_the_longest_with_full_attention(
+    tmp_path: Path, family: str, changes: dict[str, Any], longest: int
+) -> None:
+    save_tiny(tmp_path, family)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | changes
+    config = {key: value for key, value in config.items() if value != "DROP"}
+    path.write_text(json.dumps(config))
+    assert read_architecture(tmp_path).max_position_embeddings == longest
+
+    # transformers, with the window and without, agrees up to there and no further.
+    slides = AutoModelForCausalLM.from_pretrained(tmp_path)
+    full = tiny_model(family)
+    tokens = torch.randint(VOCAB, (1, 65), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for length in (longest, longest + 1):
+            gap = slides(tokens[:, :length]).logits - full(tokens[:, :length]).logits
+            assert (gap.abs().max() < 1e-4) == (length <= 6 or longest == 64), length
+
+
+# --- Rotary embeddings --------------------------------------------------------------------------
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -89,19 +209,125 @@ LLAMA3_ROPE = {
 }
 
 
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    ("rope", "scaling"),
+    [
+        (LLAMA3_ROPE, LLAMA3),
+        ({k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}, LLAMA3),
+        (LLAMA3_ROPE | {"factor": 32, "high_freq_factor": 3}, RopeScaling("llama3", 32, 1, 3)),
+        (
+            LLAMA3_ROPE | {"original_max_position_embeddings": 48},
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 48),
+        ),
+        (
+            LLAMA3_ROPE | {"original_max_position_embeddings": None},  # the model's own length
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+        ),
+        ({"rope_type": "linear", "factor": 2.0}, RopeScaling("linear", 2.0)),
+        ({"type": "linear", "factor": 4, "rope_theta": 500000.0}, RopeScaling("linear", 4)),
+        ({"rope_type": "default", "partial_rotary_factor": 1.0}, None),
+    ],
+)
+def test_reads_rope_scaling_in_both_spellings(
+    tmp_path: Path, key: str, rope: dict[str, Any], scaling: RopeScaling | None
+) -> None:
+    changes = {"rope_parameters": "DROP", "rope_theta": 500000.0, key: rope}
+    write(tmp_path, "llama", **changes)
+    assert read_architecture(tmp_path) == expected(
+        "llama", rotary_base=500000.0, rope_scaling=scaling
+    )
+
+
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "linear", "factor": 7.3},
+    LLAMA3_ROPE,
+    LLAMA3_ROPE | {"factor": 32.0},
+    LLAMA3_ROPE | {"factor": 5, "low_freq_factor": 1.5, "high_freq_factor": 6},
+    LLAMA3_ROPE | {"original_max_position_embeddings": 4096},
+    LLAMA3_ROPE | {"original_max_position_embeddings": 40},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("head_dim", [8, 64, 96, 128])
+@pytest.mark.parametrize("base", [10000.0, 500000.0, 1000000])
+def test_frequencies_are_those_of_transformers_to_the_last_bit(
+    tmp_path: Path, rope: dict[str, Any], head_dim: int, base: float
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = write_rope(tmp_path, rope | {"rope_theta": base}, head_dim)
+    theirs = LlamaRotaryEmbedding(hf_classes("llama")[0](**config))
+    ours = rotary_frequencies(read_architecture(tmp_path))
+    assert ours.dtype == torch.float32 and torch.equal(ours, theirs.inv_freq)
+    assert theirs.attention_scaling == 1.0
+
+
+def write_rope(directory: Path, rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    config = PUBLISHED["Llama-3.1-8B"][0] | {"head_dim": head_dim}
+    del config["rope_scaling"], config["rope_theta"]
+    config["rope_parameters"] = rope
+    (directory / "config.json").write_text(json.dumps(config))
+    return json.loads((directory / "config.json").read_text())
+
+
+# --- Refusals -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", {"rope_parameters": LLAMA3_ROPE}, "rope_parameters: .*llama3"),
-        ("llama", {"rope_scaling": LLAMA3_ROPE}, "rope_scaling: .*llama3"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: .*linear"),
-        ("llama", {"rope_scaling": {"factor": 2.0}}, "rope_scaling: .*factor"),
+        *(
+            ("llama", {key: {name: kind, "factor": 2.0}}, f"{key}.rope_type: '{kind}' is not impl")
+            for key in ("rope_parameters", "rope_scaling")
+            for name in ("type", "rope_type")
+            for kind in ("dynamic", "yarn", "longrope", "proportional", "mrope", "novel")
+        ),
+        ("llama", {"rope_scaling": {"factor": 2.0}}, r"rope_scaling.factor: 2.0 is not known"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: missing; .*least 1"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor: 0.5; .*least 1"),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 4.0}},
+            "rope_parameters.low_freq_factor: 4.0; must be below high_freq_factor 4.0",
+        ),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3_ROPE | {"high_freq_factor": None}},
+            "rope_parameters.high_freq_factor: missing",
+        ),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": 0.5}},
+            "original_max_position_embeddings: 0.5; .*whole number",
+        ),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3_ROPE | {"attention_factor": 1.2}},
+            "rope_parameters.attention_factor: 1.2 is not known for rope_type 'llama3'",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},  # beside plain rope_parameters
+            "rope_scaling: differs from rope_parameters",
+        ),
+        (
+            "qwen3",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}},
+            "rope_parameters.full_attention: .*is not known",
+        ),
         ("llama", {"rope_theta": 10000.0}, "rope_theta: .*10000.0.*5000.0"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
         (
             "llama",
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "rope_parameters: .*partial_rotary_factor",
+            "rope_parameters.partial_rotary_factor: 0.5 .*must be 1.0",
         ),
         ("llama", {"attention_bias": True}, "attention_bias: True .*must be False"),
         ("llama", {"mlp_bias": True}, "mlp_bias: True .*must be False"),
@@ -119,8 +345,32 @@ LLAMA3_ROPE = {
         ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps: '1e-5'; .*above 0"),
         ("llama", {"rope_parameters": {"rope_theta": -1}}, "rope_theta: -1; .*above 0"),
         ("llama", {"dtype": "float8_e4m3fn"}, "dtype: 'float8_e4m3fn'; .*float32"),
-        ("qwen3", {"use_sliding_window": True}, "use_sliding_window: True .*must be False"),
-        ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types: .*sliding_attention"),
+        ("llama", {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta: inf; .*above 0"),
+        ("qwen2", {"use_mrope": True}, "use_mrope: True .*must be False"),
+        ("qwen3", {"attention_bias": True}, "attention_bias: True .*must be False"),
+        ("mistral", {"sliding_window": 0}, "sliding_window: 0; .*at least 1"),
+        ("mistral", {"use_sliding_window": True}, "use_sliding_window: True is not known"),
+        (
+            "qwen3",
+            {"layer_types": ["sliding_attention"] * 4},
+            "layer_types: has 'sliding_attention', but no sliding_window is in use",
+        ),
+        ("qwen3", {"layer_types": ["full_attention"] * 3}, "layer_types: .*num_hidden_layers 4"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "layer_types: .*chunked_attention"),
+        ("qwen2", SLIDING | {"max_window_layers": None}, "max_window_layers: None; .*whole number"),
+        ("llama", {"num_local_experts": 8}, "num_local_experts: 8 is not known"),
+        ("mixtral", {"num_local_experts": "DROP"}, "num_local_experts: missing"),
+        ("qwen3_moe", {"num_experts_per_tok": "DROP"}, "num_experts_per_tok: missing"),
+        ("qwen3_moe", {"moe_intermediate_size": "DROP"}, "moe_intermediate_size: missing"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok: 5; .*number of experts 4"),
+        ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok: 5; .*number of experts 4"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok: 1 .*must be at least 2"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise: 0.1 .*must be 0.0"),
+        ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob: False .*must be True"),
+        ("mixtral", {"shared_expert_intermediate_size": 8}, "shared_expert_.*: 8 is not known"),
+        ("qwen3_moe", {"norm_topk_prob": "yes"}, "norm_topk_prob: 'yes'; must be true or false"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step: 2 .*must be 1"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers: \[0\] .*must be \[\]"),
     ],
 )
 def test_refuses_what_it_would_compute_wrongly(
@@ -140,7 +390,7 @@ def test_lists_all_problems_at_once(tmp_path: Path) -> None:
         assert key in str(error.value)
 
 
-@pytest.mark.parametrize("named", [["MixtralForCausalLM"], [], None, "LlamaForCausalLM"])
+@pytest.mark.parametrize("named", [["GemmaForCausalLM"], [], [{}], None, "LlamaForCausalLM"])
 def test_unknown_architecture_names_the_supported_ones(tmp_path: Path, named: Any) -> None:
     write(tmp_path, "llama", architectures=named)
     with pytest.raises(CheckpointError, match="architectures: .*LlamaForCausalLM.*Qwen3ForCausal"):
@@ -153,6 +403,10 @@ def test_a_feature_that_is_off_is_no_problem(tmp_path: Path) -> None:
     read_architecture(tmp_path)
     write(tmp_path, "qwen3", use_sliding_window=False, sliding_window=4096)
     read_architecture(tmp_path)
+    losses = {"router_aux_loss_coef": 0.02, "output_router_logits": True}
+    for family in MOE:
+        write(tmp_path, family, **losses)
+        assert read_architecture(tmp_path) == expected(family)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,30 @@
 """Model families: from config.json to an `Architecture`, and the tables that convert weights.
 
 In: the config.json of a Hugging Face checkpoint. Out: an `Architecture`, from which `mcore` builds
-the model, and a `Family`, with which `checkpoint.hf` reads and writes weights. A family is one
-declared table (`llama.py`, `qwen3.py`) in the words of `table.py`. A key of config.json is
-implemented, known to change nothing, or an error: nothing that alters the model is passed over.
+the model, and a `Family`, with which weights are converted. A family is one declared table
+(`llama.py`, `mixtral.py`, ...) in the words of `table.py`; `rope.py` has the frequencies of rotary
+embeddings. A key of config.json is implemented, known to change nothing, or an error: nothing that
+alters the model is passed over.
+
+A sliding window is implemented as a shorter longest sequence: a token sees the last `window`
+tokens, itself included, which are all of them in a sequence of at most `window` tokens.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_drpo.checkpoint.families.llama import LLAMA
+from megatron_drpo.checkpoint.families.mistral import MISTRAL
+from megatron_drpo.checkpoint.families.mixtral import MIXTRAL
+from megatron_drpo.checkpoint.families.qwen2 import QWEN2
 from megatron_drpo.checkpoint.families.qwen3 import QWEN3
+from megatron_drpo.checkpoint.families.qwen3_moe import QWEN3_MOE
+from megatron_drpo.checkpoint.families.rope import rotary_frequencies
 from megatron_drpo.checkpoint.families.table import (
     Architecture,
     Entry,
@@ -33,9 +43,10 @@ __all__ = [
     "family_of",
     "padded_vocab_size",
     "read_architecture",
+    "rotary_frequencies",
 ]
 
-FAMILIES = (LLAMA, QWEN3)
+FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE)
 
 _SIZES = {
     "num_layers": "num_hidden_layers",
@@ -45,8 +56,13 @@ _SIZES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
 }
+# The other name of a key, as another version or family has it.
+_SYNONYMS = {
+    "dtype": "torch_dtype",
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
+}
 _HANDLED = {
-    *_SIZES.values(),
     *("architectures", "model_type", "num_key_value_heads", "head_dim", "rms_norm_eps"),
     *("rope_theta", "rope_parameters", "rope_scaling", "layer_types"),
     *("tie_word_embeddings", "dtype", "torch_dtype"),
@@ -61,12 +77,46 @@ _ONLY: dict[str, object] = {
 }
 _HARMLESS = {
     *("transformers_version", "_name_or_path", "_attn_implementation_autoset"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class"),
+    # Defaults of transformers' own generation, which is not used here.
+    *("max_length", "do_sample", "temperature", "top_p", "top_k"),
     *("use_cache", "initializer_range", "return_dict", "output_hidden_states"),
     *("output_attentions", "torchscript", "id2label", "label2id", "problem_type"),
     *("transformers.js_config", "unsloth_version", "unsloth_fixed"),
 }
 _DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_stretch(value: Any) -> bool:
+    return _is_positive(value) and value >= 1
+
+
+_POSITIVE = (_is_positive, "a number above 0")
+_FACTOR = (_is_stretch, "a number of at least 1")
+_SIZE = (_is_size, "a whole number of at least 1")
+# Parameters of each rope_type: what holds for them, and how that is said.
+_ROPE_PARAMETERS: dict[Any, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "default": {},
+    "linear": {"factor": _FACTOR},
+    "llama3": {
+        "factor": _FACTOR,
+        "low_freq_factor": _POSITIVE,
+        "high_freq_factor": _POSITIVE,
+        "original_max_position_embeddings": _SIZE,
+    },
+}
 
 
 def family_of(architecture: Architecture) -> Family:
@@ -76,6 +126,8 @@ def family_of(architecture: Architecture) -> Family:
 
 def read_architecture(directory: str | Path) -> Architecture:
     """Read DIRECTORY/config.json, as written by transformers 4 or 5.
+
+    Sizes of the model must be there; any other missing key means what transformers takes for it.
 
     Raises:
         CheckpointError: the file is missing or malformed, the architecture is not supported, or a
@@ -96,9 +148,16 @@ def read_architecture(directory: str | Path) -> Architecture:
         return value
 
     def size(key: str, default: int | None = None) -> int:
-        return take(key, _is_size, "a whole number of at least 1", default)
+        return take(key, *_SIZE, default)
 
-    sizes = {name: size(key) for name, key in _SIZES.items()}
+    def spelled(key: str) -> str:
+        other = _SYNONYMS.get(key, key)
+        mine, theirs = config.get(key), config.get(other)
+        if mine is not None and theirs is not None and mine != theirs:
+            problems.append(f"{key}: {mine!r}, but {other}: {theirs!r}; remove one of them")
+        return other if mine is None and theirs is not None else key
+
+    sizes = {name: size(spelled(key)) for name, key in {**_SIZES, **family.sizes}.items()}
     heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
     # Where a size is broken, what is derived from it is not judged.
     whole = _is_size(heads) and _is_size(hidden)
@@ -110,20 +169,34 @@ def read_architecture(directory: str | Path) -> Architecture:
         problems.append(f"num_key_value_heads: {groups}; must divide num_attention_heads {heads}")
     if _is_size(channels) and channels % 2:
         problems.append(f"head_dim: {channels}; must be even for rotary embeddings")
+    experts, chosen = sizes.get("num_experts", 1), sizes.get("num_experts_per_token", 1)
+    if _is_size(experts) and _is_size(chosen) and chosen > experts:
+        key = family.sizes["num_experts_per_token"]
+        problems.append(f"{key}: {chosen}; must be at most the number of experts {experts}")
+    rotary_base, rope_scaling = _rotary(config, family, problems)
+    longest, window = sizes["max_position_embeddings"], _window(config, family, problems)
+    if window is not None and _is_size(longest):
+        sizes["max_position_embeddings"] = min(longest, window)
+    normalize = take("norm_topk_prob", _is_bool, "true or false", family.normalize_router_weights)
+    if chosen == 1 and "num_experts" in sizes and normalize is True:
+        problems.append(
+            f"{family.sizes['num_experts_per_token']}: 1 is not implemented with normalised router "
+            "weights, which are then always 1 and never trained; must be at least 2"
+        )
     architecture = Architecture(
         family=family.name,
         **sizes,
         num_query_groups=groups,
         kv_channels=channels,
-        norm_epsilon=take("rms_norm_eps", _is_positive, "a number above 0"),
-        rotary_base=_rotary_base(config, problems),
-        tie_word_embeddings=take(
-            "tie_word_embeddings", lambda value: isinstance(value, bool), "true or false", False
-        ),
+        norm_epsilon=take("rms_norm_eps", *_POSITIVE, family.norm_epsilon),
+        rotary_base=rotary_base,
+        rope_scaling=rope_scaling,
+        tie_word_embeddings=take("tie_word_embeddings", _is_bool, "true or false", False),
         qk_layernorm=family.qk_layernorm,
-        add_qkv_bias=False,
+        add_qkv_bias=family.add_qkv_bias,
+        normalize_router_weights=normalize,
         hf_dtype=take(
-            "torch_dtype" if config.get("dtype") is None else "dtype",
+            spelled("dtype"),
             lambda value: value in _DTYPES,
             f"one of {', '.join(_DTYPES)}",
             "float32",
@@ -136,14 +209,6 @@ def read_architecture(directory: str | Path) -> Architecture:
             + "\n".join(f"  {problem}" for problem in problems)
         )
     return architecture
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -164,7 +229,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _family(path: Path, config: dict[str, Any]) -> Family:
     named = config.get("architectures")
     supported = {family.hf_architecture: family for family in FAMILIES}
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in supported:
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in tuple(supported):
         raise CheckpointError(
             f"{path}: architectures: {named!r} is not supported; must be one of "
             + ", ".join(f'["{name}"]' for name in supported)
@@ -180,12 +245,9 @@ def _unsupported(config: dict[str, Any], family: Family) -> list[str]:
         for key, value in only.items()
         if config.get(key) is not None and config[key] != value
     ]
-    layers = config.get("layer_types")
-    if layers is not None and (
-        not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)
-    ):
-        problems.append(f"layer_types: {layers!r} is not implemented; must be 'full_attention'")
-    known = _HANDLED | _HARMLESS | only.keys() | family.harmless
+    sizes = {*{**_SIZES, **family.sizes}.values()}
+    sizes |= {_SYNONYMS[key] for key in sizes & _SYNONYMS.keys()}
+    known = _HANDLED | _HARMLESS | sizes | only.keys() | family.defaults.keys() | family.harmless
     problems += [
         f"{key}: {value!r} is not known, and may change what the model computes"
         for key, value in config.items()
@@ -194,27 +256,105 @@ def _unsupported(config: dict[str, Any], family: Family) -> list[str]:
     return problems
 
 
-def _rotary_base(config: dict[str, Any], problems: list[str]) -> float:
-    """theta: a key of its own (transformers 4) or in `rope_parameters` (transformers 5)."""
+def _window(config: dict[str, Any], family: Family, problems: list[str]) -> int | None:
+    """How many tokens a token sees, itself included, in layers that slide; None: no layer does."""
+    window, layers = config.get("sliding_window"), config.get("num_hidden_layers")
+    if not config.get("use_sliding_window", True):
+        window = None
+    elif window is not None and not _is_size(window):
+        problems.append(f"sliding_window: {window!r}; must be null or a whole number of at least 1")
+        return None
+    kinds = config.get("layer_types")
+    if kinds is not None and (
+        not isinstance(kinds, list)
+        or (_is_size(layers) and len(kinds) != layers)
+        or any(kind not in ("full_attention", "sliding_attention") for kind in kinds)
+    ):
+        problems.append(
+            f"layer_types: {kinds!r} is not implemented; must be 'full_attention' or "
+            f"'sliding_attention' for each of num_hidden_layers {layers}"
+        )
+        return None
+    sliding = kinds is not None and "sliding_attention" in kinds
+    if sliding and window is None:
+        problems.append(
+            "layer_types: has 'sliding_attention', but no sliding_window is in use; set "
+            "sliding_window (and use_sliding_window), or make all layers 'full_attention'"
+        )
+    # Some families let chosen layers slide, the later ones by default; in the others all do.
+    if window is None or "max_window_layers" not in family.defaults:
+        return window
+    if kinds is None:
+        first = config["max_window_layers"]
+        if not isinstance(first, int):
+            problems.append(f"max_window_layers: {first!r}; must be a whole number")
+            return None
+        sliding = first < (layers if isinstance(layers, int) else 0)
+    return window if sliding else None
+
+
+def _rotary(
+    config: dict[str, Any], family: Family, problems: list[str]
+) -> tuple[float, RopeScaling | None]:
+    """theta: a key of its own (transformers 4) or in `rope_parameters` (transformers 5).
+
+    The scaling: in `rope_scaling` (transformers 4) or in `rope_parameters`.
+    """
     bases = {"rope_theta": config.get("rope_theta")}
+    scalings: dict[str, RopeScaling | None] = {}
     for key in ("rope_parameters", "rope_scaling"):
         value = config.get(key)
         if value is None:
             continue
         rope = dict(value) if isinstance(value, dict) else {"rope_type": value}
         bases[f"{key}.rope_theta"] = rope.pop("rope_theta", None)
-        legacy = rope.pop("type", "default")
-        plain = rope.pop("rope_type", legacy) == "default"
-        whole = rope.pop("partial_rotary_factor", 1.0) == 1.0
-        if not plain or not whole or rope:  # what is left are parameters of a scaling
-            problems.append(f"{key}: {value!r} is not implemented; must be of rope_type 'default'")
+        scalings[key] = _scaling(key, rope, config, problems)
     given = {key: value for key, value in bases.items() if value is not None}
     problems += [
         f"{key}: {value!r}; must be a number above 0"
         for key, value in given.items()
         if not _is_positive(value)
     ]
-    base = next(iter(given.values()), 10000.0)
+    base = next(iter(given.values()), family.rotary_base)
     if any(value != base for value in given.values()):
         problems.append(f"rope_theta: is given twice, and differs: {given}")
-    return base
+    scaling = next(iter(scalings.values()), None)
+    if any(other != scaling for other in scalings.values()):
+        problems.append(f"rope_scaling: differs from rope_parameters: {scalings}")
+    return base, scaling
+
+
+def _scaling(
+    key: str, rope: dict[str, Any], config: dict[str, Any], problems: list[str]
+) -> RopeScaling | None:
+    """What config.json says in the dict `rope` under `key`, its theta taken out."""
+    rope = {name: value for name, value in rope.items() if value is not None}
+    legacy = rope.pop("type", "default")
+    kind = rope.pop("rope_type", legacy)
+    if (partial := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
+        problems.append(f"{key}.partial_rotary_factor: {partial!r} is not implemented; must be 1.0")
+    if kind not in tuple(_ROPE_PARAMETERS):
+        problems.append(
+            f"{key}.rope_type: {kind!r} is not implemented; must be one of "
+            + ", ".join(map(repr, _ROPE_PARAMETERS))
+        )
+        return None
+    if kind == "llama3":
+        rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    needs = _ROPE_PARAMETERS[kind]
+    wrong = [
+        f"{key}.{name}: {value!r} is not known for rope_type {kind!r}"
+        for name, value in rope.items()
+        if name not in needs
+    ] + [
+        f"{key}.{name}: {repr(rope[name]) if name in rope else 'missing'}; must be {need}"
+        for name, (holds, need) in needs.items()
+        if not holds(rope.get(name))
+    ]
+    if not wrong and kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        wrong.append(
+            f"{key}.low_freq_factor: {rope['low_freq_factor']}; must be below high_freq_factor "
+            f"{rope['high_freq_factor']}"
+        )
+    problems += wrong
+    return None if wrong or kind == "default" else RopeScaling(kind, **rope)

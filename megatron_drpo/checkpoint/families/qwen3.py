@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from megatron_drpo.checkpoint.families import llama
+from megatron_drpo.checkpoint.families.llama import HF, KEY, MEGATRON
+from megatron_drpo.checkpoint.families.qwen2 import SLIDING_WINDOW
 from megatron_drpo.checkpoint.families.table import Copy, Entry, Family
 
-_QK_NORM = tuple(
+QK_NORM = tuple(
     Entry(
-        ("decoder.layers.{layer}.self_attention." + f"{head}_layernorm.weight",),
-        ("model.layers.{layer}.self_attn." + f"{head}_norm.weight",),
+        (MEGATRON + f"self_attention.{head}_layernorm.weight",),
+        (HF + f"self_attn.{head}_norm.weight",),
         Copy(("kv_channels",)),
-        "decoder.layers.self_attention." + f"{head}_layernorm.weight",
+        KEY + f"self_attention.{head}_layernorm.weight",
     )
     for head in "qk"
 )
@@ -19,11 +21,8 @@ QWEN3 = Family(
     name="qwen3",
     hf_architecture="Qwen3ForCausalLM",
     first=llama.FIRST,
-    layer=llama.LAYER + _QK_NORM,
+    layer=llama.ATTENTION + QK_NORM + llama.MLP,
     last=llama.LAST,
     qk_layernorm=True,
-    defaults={"head_dim": 128, "num_key_value_heads": 32},
-    only={"use_sliding_window": False},
-    # Both describe a sliding window, which `use_sliding_window` switches off.
-    harmless=frozenset({"sliding_window", "max_window_layers"}),
+    defaults={"head_dim": 128, "num_key_value_heads": 32} | SLIDING_WINDOW,
 )

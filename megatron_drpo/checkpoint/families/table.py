@@ -370,8 +370,15 @@ class Family:
     last: tuple[Entry, ...]
     """Parameters of the last pipeline stage."""
     qk_layernorm: bool = False
-    defaults: Mapping[str, int] = field(default_factory=dict)
-    """What transformers takes for a missing key where that is not derived from other keys."""
+    add_qkv_bias: bool = False
+    norm_epsilon: float = 1e-6
+    """What transformers takes where config.json names none; as are the next two."""
+    rotary_base: float = 10000.0
+    normalize_router_weights: bool = False
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    """Fields of `Architecture` and their keys in config.json, where they are not Llama's."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """Further keys that are read, and what transformers takes where one is missing."""
     only: Mapping[str, object] = field(default_factory=dict)
     """Keys that would change the computation, and the one value that is implemented."""
     harmless: frozenset[str] = frozenset()
