@@ -1,9 +1,11 @@
-"""HF <-> Megatron in one process: transforms against loops, real models, damaged checkpoints."""
+"""Weights into and out of model chunks in one process: transforms against loops, real models."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,52 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_drpo.checkpoint.families import FAMILIES, Architecture, read_architecture
-from megatron_drpo.checkpoint.hf import export_hf, load_hf, verify_checkpoint
+from megatron_drpo.checkpoint.families import FAMILIES, Architecture, family_of, read_architecture
+from megatron_drpo.checkpoint.hf import HfWeights, verify_checkpoint
+from megatron_drpo.checkpoint.manifest import check_manifest, describe_architecture, read_manifest
+from megatron_drpo.checkpoint.model_weights import export_hf, load_weights
 from megatron_drpo.errors import CheckpointError
+from tests.plain_chunks import plain_chunk
 from tests.tiny_models import VOCAB, reference_shard, save_tiny, tiny_model
 
-CASES = [(family, tie) for family in ("llama", "qwen3") for tie in (False, True)]
+CASES = [(family.name, tie) for family in FAMILIES for tie in (False, True)]
 ONE_RANK = {"tp_group": None, "pp_group": None, "dp_rank": 0}
-
-
-# --- Transforms ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
-def test_every_entry_shards_as_written_out_and_comes_back(
-    tmp_path: Path, family: Any, tp_size: int
-) -> None:
-    hf = save_tiny(tmp_path, family.name)
-    architecture = read_architecture(tmp_path)
-    padded = 64  # of 61: the last rank of 8 holds 5 real rows
-    for template in family.first + family.layer + family.last:
-        entry = template.at(1)
-        name = entry.megatron[0]
-        tensors = [hf[source] for source in entry.hf]
-        assert entry.transform.hf_shapes(architecture) == tuple(t.shape for t in tensors)
-        shards = []
-        for rank in range(tp_size):
-            expected = reference_shard(hf, name, rank, tp_size, padded // tp_size)
-            shard = entry.transform.to_megatron(
-                tensors, expected.shape, rank, tp_size, architecture
-            )
-            assert torch.equal(shard, expected), f"{name} on rank {rank} of {tp_size}"
-            assert entry.transform.sharded or torch.equal(shard, tensors[0])
-            shards.append(shard)
-        back = entry.transform.to_hf(shards, architecture)
-        assert all(torch.equal(a, b) for a, b in zip(back, tensors, strict=True)), name
-
-
-def test_a_rank_with_nothing_but_padding_is_zero(tmp_path: Path) -> None:
-    save_tiny(tmp_path, "llama")
-    architecture = read_architecture(tmp_path)
-    vocab = FAMILIES[0].first[0].transform
-    source = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
-    shards = [vocab.to_megatron([source], (40, 32), rank, 3, architecture) for rank in range(3)]
-    assert torch.equal(torch.cat(shards)[:VOCAB], source)
-    assert not torch.cat(shards)[VOCAB:].any()
 
 
 # --- A real Megatron model on one rank ----------------------------------------------------------
@@ -87,6 +53,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., li
     dist.destroy_process_group()
 
 
+def load_directory(directory: Path, architecture: Architecture, chunks: list[Any]) -> None:
+    with HfWeights(directory, architecture) as weights:
+        load_weights(weights, architecture, chunks, tp_rank=0, tp_size=1)
+
+
 def megatron_logits(chunk: Any, tokens: Tensor) -> Tensor:
     """[S, V] of one sequence."""
     from megatron_drpo.mcore.attention import row_layout
@@ -106,7 +77,7 @@ def test_logits_are_those_of_transformers(
     save_tiny(tmp_path, family, tie=tie)
     architecture = read_architecture(tmp_path)
     chunks = build(architecture)
-    load_hf(tmp_path, architecture, chunks, tp_rank=0, tp_size=1)
+    load_directory(tmp_path, architecture, chunks)
     tokens = torch.randint(VOCAB, (24,), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = tiny_model(family, tie=tie)(tokens[None]).logits[0]
@@ -124,7 +95,7 @@ def test_load_and_export_is_bit_exact(
     (source / "tokenizer.json").write_text("{}")
     architecture = read_architecture(source)
     chunks = build(architecture, bf16=dtype == torch.bfloat16)
-    load_hf(source, architecture, chunks, tp_rank=0, tp_size=1)
+    load_directory(source, architecture, chunks)
     export_hf(out, source, architecture, chunks, **ONE_RANK)
 
     before, after = (load_file(path / "model.safetensors") for path in (source, out))
@@ -136,6 +107,7 @@ def test_load_and_export_is_bit_exact(
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
         "generation_config.json",
+        "manifest.json",
         "model.safetensors",
         "tokenizer.json",
     ]
@@ -143,6 +115,34 @@ def test_load_and_export_is_bit_exact(
     reloaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
     expected = tiny_model(family, tie=tie, dtype=dtype).state_dict()
     assert all(torch.equal(reloaded[name], value) for name, value in expected.items())
+
+
+def test_the_manifest_of_an_export_says_what_it_holds_and_whence(
+    tmp_path: Path, build: Callable[..., list[Any]]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    save_tiny(source, "qwen3")
+    architecture = read_architecture(source)
+    chunks = build(architecture, bf16=True)
+    load_directory(source, architecture, chunks)
+    export_hf(out, source, architecture, chunks, **ONE_RANK, run="runs/sums, step 40")
+    manifest = read_manifest(out)
+    assert manifest is not None and manifest.kind == "hf" and manifest.verified is None
+    assert (manifest.source.kind, manifest.source.path) == ("training run", "runs/sums, step 40")
+    config = (source / "config.json").read_bytes()
+    assert manifest.source.config_sha256 == hashlib.sha256(config).hexdigest()
+    assert manifest.architecture == describe_architecture(read_architecture(out))
+    with HfWeights(out, architecture) as weights:
+        assert check_manifest(weights, manifest) == []
+    for name, value in load_file(out / "model.safetensors").items():
+        raw = value.view(torch.uint8).numpy().tobytes()
+        assert manifest.tensors[name].sha256 == hashlib.sha256(raw).hexdigest()
+
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    with HfWeights(out, architecture) as weights:
+        assert len(check_manifest(weights, manifest)) == 1
 
 
 def test_export_has_the_dtype_of_the_parameters(
@@ -155,7 +155,7 @@ def test_export_has_the_dtype_of_the_parameters(
     (source / "config.json").write_text(json.dumps(config))
     architecture = read_architecture(source)
     chunks = build(architecture, bf16=True)
-    load_hf(source, architecture, chunks, tp_rank=0, tp_size=1)
+    load_directory(source, architecture, chunks)
     export_hf(out, source, architecture, chunks, **ONE_RANK)
     after = load_file(out / "model.safetensors")
     assert all(torch.equal(after[name], value.bfloat16()) for name, value in hf.items())
@@ -178,7 +178,7 @@ def test_a_tied_weight_is_found_under_either_name(
     save_file(tensors, source / "model.safetensors")
     architecture = read_architecture(source)
     chunks = build(architecture)
-    load_hf(source, architecture, chunks, tp_rank=0, tp_size=1)
+    load_directory(source, architecture, chunks)
     assert torch.equal(chunks[0].embedding.word_embeddings.weight[:VOCAB], weight)
     export_hf(out, source, architecture, chunks, **ONE_RANK)
     exported = load_file(out / "model.safetensors")
@@ -186,40 +186,45 @@ def test_a_tied_weight_is_found_under_either_name(
     assert torch.equal(exported["model.embed_tokens.weight"], weight)
 
 
-def test_two_different_tied_weights_are_refused(
+def test_a_tied_weight_stored_twice_must_be_the_same(
     tmp_path: Path, build: Callable[..., list[Any]]
 ) -> None:
-    save_tiny(tmp_path, "llama", tie=True)
-    edit_weights(tmp_path, **{"lm_head.weight": torch.zeros(VOCAB, 32)})
+    tensors = save_tiny(tmp_path, "llama", tie=True)
+    save_file(tensors | {"lm_head.weight": torch.zeros(VOCAB, 32)}, tmp_path / "model.safetensors")
     architecture = read_architecture(tmp_path)
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight and lm_head.weight differ"):
-        load_hf(tmp_path, architecture, build(architecture), tp_rank=0, tp_size=1)
+        load_directory(tmp_path, architecture, build(architecture))
 
 
-def test_loads_several_files_wrapped_chunks_and_cached_frequencies(
+def test_loads_several_files_into_wrapped_chunks(
     tmp_path: Path, build: Callable[..., list[Any]]
 ) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path, max_shard_size="30KB")
-    files = sorted(tmp_path.glob("model-*.safetensors"))
-    assert len(files) > 2
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    # Old checkpoints store a table that follows from rope_theta.
-    cached = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    save_file(load_file(files[0]) | {cached: torch.ones(4)}, files[0])
-    index["weight_map"][cached] = files[0].name
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     architecture = read_architecture(tmp_path)
-    verify_checkpoint(tmp_path, architecture)
     chunks = build(architecture)
     wrapped = torch.nn.Module()
     wrapped.module = torch.nn.Module()
     wrapped.module.module = chunks[0]
-    load_hf(tmp_path, architecture, [wrapped], tp_rank=0, tp_size=1)
+    load_directory(tmp_path, architecture, [wrapped])
     hf = model.state_dict()
     for name, parameter in chunks[0].named_parameters():
         assert torch.equal(parameter, reference_shard(hf, name, 0, 1, len(parameter))), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, build: Callable[..., list[Any]], value: float, dtype: torch.dtype
+) -> None:
+    tensors = save_tiny(tmp_path, "qwen2", dtype=dtype)
+    damaged = "model.layers.2.self_attn.v_proj.bias"
+    tensors[damaged][-1] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    architecture = read_architecture(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{damaged} holds NaN or infinity"):
+        load_directory(tmp_path, architecture, build(architecture))
 
 
 def test_transformer_engine_names_are_the_same_parameters(
@@ -232,7 +237,7 @@ def test_transformer_engine_names_are_the_same_parameters(
         layer.self_attention.linear_qkv.layer_norm_weight = layer.input_layernorm.weight
         layer.mlp.linear_fc1.layer_norm_weight = layer.pre_mlp_layernorm.weight
         del layer.input_layernorm, layer.pre_mlp_layernorm
-    load_hf(tmp_path, architecture, chunks, tp_rank=0, tp_size=1)
+    load_directory(tmp_path, architecture, chunks)
     layer = chunks[0].decoder.layers[2]
     qkv_norm, fc1_norm = (
         layer.self_attention.linear_qkv.layer_norm_weight,
@@ -240,6 +245,39 @@ def test_transformer_engine_names_are_the_same_parameters(
     )
     assert torch.equal(qkv_norm, hf["model.layers.2.input_layernorm.weight"])
     assert torch.equal(fc1_norm, hf["model.layers.2.post_attention_layernorm.weight"])
+
+
+@pytest.mark.parametrize("ep_rank", [0, 1])
+def test_grouped_experts_are_numbered_from_the_rank_s_first(tmp_path: Path, ep_rank: int) -> None:
+    hf = save_tiny(tmp_path, "qwen3_moe")
+    architecture = read_architecture(tmp_path)
+    expected: dict[str, Tensor] = {}
+    for layer in (2, 3):  # the second of two stages
+        whole, local = f"decoder.layers.{layer}.", f"decoder.layers.{layer - 2}."
+        for entry in family_of(architecture).of_layer(architecture, layer):
+            name = entry.megatron[-1]  # Transformer Engine's, which has a module for all experts
+            number = None
+            if entry.is_expert:
+                name, number = re.match(r"(.*weight)(\d+)$", name).groups()  # type: ignore
+                name, number = f"{name}{int(number) - 2 * ep_rank}", int(number)
+            if number is None or number // 2 == ep_rank:
+                shard = reference_shard(hf, entry.megatron[0], 0, 1, 0)
+                expected[name.replace(whole, local)] = shard
+    assert "decoder.layers.1.mlp.experts.linear_fc1.weight1" in expected
+    expected["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
+    expected["output_layer.weight"] = reference_shard(hf, "output_layer.weight", 0, 1, 64)
+    chunk = plain_chunk(
+        {name: torch.full(value.shape, float("nan")) for name, value in expected.items()},
+        num_layers=2,
+        first_layer=2,
+        pre_process=False,
+    )
+    with HfWeights(tmp_path, architecture) as weights:
+        load_weights(
+            weights, architecture, [chunk], tp_rank=0, tp_size=1, ep_rank=ep_rank, ep_size=2
+        )
+    for name, parameter in chunk.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
 
 
 @pytest.mark.parametrize(
@@ -258,7 +296,7 @@ def test_a_model_of_another_architecture_is_refused(
     architecture = read_architecture(tmp_path)
     chunks = build(dataclasses.replace(architecture, **changes))
     with pytest.raises(CheckpointError, match=message):
-        load_hf(tmp_path, architecture, chunks, tp_rank=0, tp_size=1)
+        load_directory(tmp_path, architecture, chunks)
 
 
 def test_stages_that_leave_out_a_layer_are_not_exported(
@@ -268,7 +306,7 @@ def test_stages_that_leave_out_a_layer_are_not_exported(
     save_tiny(source, "qwen3")
     architecture = read_architecture(source)
     chunks = build(dataclasses.replace(architecture, num_layers=3))
-    load_hf(source, architecture, chunks, tp_rank=0, tp_size=1)  # as if layer 3 were elsewhere
+    load_directory(source, architecture, chunks)  # as if layer 3 were elsewhere
     with pytest.raises(CheckpointError, match=r"model.layers.3.\S* \[\d+.*\] is missing"):
         export_hf(out, source, architecture, chunks, **ONE_RANK)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
@@ -281,7 +319,7 @@ def test_untied_parameters_of_a_tied_model_are_refused(
     architecture = read_architecture(tmp_path)
     chunks = build(dataclasses.replace(architecture, tie_word_embeddings=False))
     with pytest.raises(CheckpointError, match="output_layer.weight is a parameter that llama"):
-        load_hf(tmp_path, architecture, chunks, tp_rank=0, tp_size=1)
+        load_directory(tmp_path, architecture, chunks)
 
 
 def test_export_replaces_a_checkpoint_and_nothing_else(
@@ -291,7 +329,7 @@ def test_export_replaces_a_checkpoint_and_nothing_else(
     save_tiny(source, "llama")
     architecture = read_architecture(source)
     chunks = build(architecture)
-    load_hf(source, architecture, chunks, tp_rank=0, tp_size=1)
+    load_directory(source, architecture, chunks)
 
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
@@ -323,106 +361,3 @@ def test_other_data_parallel_replicas_write_nothing(
     out = tmp_path / "out"
     export_hf(out, tmp_path / "in", architecture, build(architecture), **ONE_RANK | {"dp_rank": 1})
     assert not out.exists()
-
-
-# --- Damaged checkpoints ------------------------------------------------------------------------
-
-
-def edit_weights(directory: Path, drop: tuple[str, ...] = (), **add: Tensor) -> None:
-    path = directory / "model.safetensors"
-    tensors = {name: value for name, value in load_file(path).items() if name not in drop}
-    save_file(tensors | add, path)
-
-
-def problem(directory: Path) -> str:
-    """The message of the error that verification must raise."""
-    with pytest.raises(CheckpointError) as error:
-        verify_checkpoint(directory, read_architecture(directory))
-    return str(error.value)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    save_tiny(tmp_path, "qwen3")
-    verify_checkpoint(tmp_path, read_architecture(tmp_path))
-    return tmp_path
-
-
-def test_all_wrong_tensors_are_reported_with_file_and_both_shapes(saved: Path) -> None:
-    edit_weights(
-        saved,
-        drop=("model.layers.3.mlp.up_proj.weight", "lm_head.weight"),
-        **{
-            "model.norm.weight": torch.zeros(31),
-            "model.layers.4.mlp.up_proj.weight": torch.zeros(40, 32),
-            "model.layers.0.self_attn.q_norm.weight": torch.zeros(8, dtype=torch.int8),
-        },
-    )
-    lines = problem(saved).splitlines()
-    file = saved / "model.safetensors"
-    assert sorted(lines[1:]) == sorted(
-        [
-            f"  model.layers.3.mlp.up_proj.weight [40, 32] is missing from {saved}",
-            f"  lm_head.weight [61, 32] is missing from {saved}",
-            f"  {file}: model.norm.weight has shape [31], config.json makes it [32]",
-            f"  {file}: model.layers.4.mlp.up_proj.weight [40, 32] is left over: qwen3 with 4 "
-            "layers has no such tensor",
-            f"  {file}: model.layers.0.self_attn.q_norm.weight has dtype I8, must be one of BF16, "
-            "F16, F32",
-        ]
-    )
-
-
-def test_a_truncated_file_is_reported_with_both_sizes(saved: Path) -> None:
-    path = saved / "model.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(data[:-100])
-    assert f"{path}: is cut off or damaged: {len(data) - 100} bytes, its header says" in problem(
-        saved
-    )
-    assert str(len(data)) in problem(saved)
-    path.write_bytes(data[:50])
-    header = 8 + int.from_bytes(data[:8], "little")
-    assert f"{path}: is cut off: 50 bytes, its header needs {header}" in problem(saved)
-
-
-def test_other_contents_are_no_safetensors_file(saved: Path) -> None:
-    path = saved / "model.safetensors"
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    assert f"{path}: is not a safetensors file" in problem(saved)
-    assert "git lfs pull" in problem(saved)
-    path.write_bytes(b"")
-    assert f"{path}: is not a safetensors file" in problem(saved)
-    path.write_bytes(b"\x05" + b"\0" * 7 + b"hello")
-    assert f"{path}: is not a safetensors file" in problem(saved)
-
-
-def test_a_pickled_checkpoint_is_not_opened(saved: Path) -> None:
-    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    assert "neither model.safetensors nor model.safetensors.index.json is there" in problem(saved)
-
-
-def test_problems_of_several_files(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="30KB")
-    files = sorted(tmp_path.glob("model-*.safetensors"))
-    index_path = tmp_path / "model.safetensors.index.json"
-    files[0].unlink()
-    save_file(load_file(files[1]) | {"stray": torch.zeros(1)}, files[1])
-    message = problem(tmp_path)
-    assert f"{files[0]}: cannot be read (No such file" in message
-    assert f"{files[1]}: stray is not placed there by {index_path.name}" in message
-
-    index_path.write_text(json.dumps({"weight_map": {"lm_head.weight": "../secret.safetensors"}}))
-    assert "'../secret.safetensors' is not the name of a file beside it" in problem(tmp_path)
-    index_path.write_text("{}")
-    assert f"{index_path}: is not a safetensors index" in problem(tmp_path)
-
-
-def test_load_verifies_first(saved: Path, build: Callable[..., list[Any]]) -> None:
-    edit_weights(saved, drop=("model.norm.weight",))
-    architecture = read_architecture(saved)
-    chunks = build(architecture)
-    before = [parameter.clone() for parameter in chunks[0].parameters()]
-    with pytest.raises(CheckpointError, match="model.norm.weight"):
-        load_hf(saved, architecture, chunks, tp_rank=0, tp_size=1)
-    assert all(torch.equal(a, b) for a, b in zip(before, chunks[0].parameters(), strict=True))
