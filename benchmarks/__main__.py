@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import training_memory, vocab_parallel
+from benchmarks import conversion, training_memory, vocab_parallel
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
@@ -23,8 +23,9 @@ _BLOCK = re.compile(r"<!-- (results/[\w.-]+\.json) -->\n.*?<!-- end -->", re.DOT
 
 def render(record: dict[str, Any]) -> str:
     """The tables of a record, whichever benchmark made it."""
-    module = {"vocab_parallel": vocab_parallel, "training_memory": training_memory}
-    return module[record["benchmark"]].render(record)
+    modules = (vocab_parallel, training_memory, conversion)
+    named = {module.__name__.rpartition(".")[2]: module for module in modules}
+    return named[record["benchmark"]].render(record)
 
 
 def filled(text: str) -> str:
@@ -42,13 +43,16 @@ def benchmarks() -> dict[str, Callable[[Path], None]]:
     named: dict[str, Callable[[Path], None]] = {}
 
     def add(name: str, main: Callable[[Sequence[str]], None], *arguments: str) -> None:
-        named[name] = lambda path: main([*arguments, "--device", "cpu", "--json", str(path)])
+        named[name] = lambda path: main([*arguments, "--json", str(path)])
+
+    cpu = ("--device", "cpu")
 
     for dtype in ("fp32", "bf16"):
         for tp in ("1", "2"):
-            add(f"cpu-{dtype}-tp{tp}", vocab_parallel.main, "--dtype", dtype, "--tp", tp)
-    add("cpu-growth", vocab_parallel.main, "--sweep", "--rounds", "3")
-    add("cpu-training", training_memory.main)
+            add(f"cpu-{dtype}-tp{tp}", vocab_parallel.main, *cpu, "--dtype", dtype, "--tp", tp)
+    add("cpu-growth", vocab_parallel.main, *cpu, "--sweep", "--rounds", "3")
+    add("cpu-training", training_memory.main, *cpu)
+    add("cpu-conversion", conversion.main)
     return named
 
 

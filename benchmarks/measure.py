@@ -163,6 +163,11 @@ def peak_resident() -> int:
     return _status("VmHWM")
 
 
+def anonymous() -> int:
+    """This process's resident memory in bytes that is of its own: no pages of mapped files."""
+    return _status("RssAnon")
+
+
 def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -212,18 +217,23 @@ def number(value: float, digits: int = 2) -> str:
     return "-" if math.isnan(value) else f"{value:,.{digits}f}"
 
 
-def add_settings(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+def add_output(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     """The flags that every benchmark has."""
     parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+
+
+def add_settings(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    """The flags of a benchmark that computes, on ranks of a device."""
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    add_output(parser, rounds=rounds)
 
 
 def check_counts(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
     """Refuse flags below 1: those in `names`, and of `add_settings`."""
     for name in (*names, "rounds", "threads"):
-        if getattr(options, name) < 1:
+        if getattr(options, name, 1) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
 
 

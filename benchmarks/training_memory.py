@@ -102,7 +102,8 @@ def _load(place: Place, model: str, step: Step) -> Callable[[], Any]:
 
     arguments = ["--config", str(_RECIPE), "--hf-model", model, _FLAGS[step.fused]]
     config, _ = parse([*arguments, "--tensor-model-parallel-size", str(step.tp)])
-    policy = Policy.load(config, read_architecture(model), layout, place.device)
+    source = Path(model)
+    policy = Policy.load(config, read_architecture(source), layout, place.device, weights=source)
     (rows,) = policy.annotate([policy.pack(_trajectories(step))])
     return lambda: policy.forward_backward(rows)
 

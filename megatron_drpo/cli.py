@@ -100,7 +100,11 @@ def _rank() -> int:
 def _world_size(config: Config, options: Options) -> int:
     """The ranks that torchrun started; a dry run without torchrun supposes the fewest that fit."""
     parallel = config.parallel
-    fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    fewest = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.expert_model_parallel_size
+    )
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     if options.dry_run:

@@ -50,15 +50,27 @@ def _check(group: object, **rules: tuple[bool, str]) -> None:
 class ModelConfig:
     """The policy."""
 
-    hf_model: str = ""
+    hf_model: str | None = None
     """Directory of a Hugging Face checkpoint (config.json, safetensors, tokenizer): the start."""
+    load: str | None = None
+    """Megatron checkpoint (torch_dist) to take the weights from instead of --hf-model's: of
+    tools/convert_checkpoint.py, of Megatron-LM or of an earlier run. One that holds config.json and
+    a tokenizer needs no --hf-model."""
+    verify_weights: bool = True
+    """Hash the weights before training and compare them with the manifest.json beside them (of a
+    training checkpoint: state.json), where there is one; a difference stops the run. The ranks
+    share the work, so it is one copy that is verified, on storage that all of them see."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer implementation; auto takes Transformer Engine where it is installed with a GPU."""
     bf16: bool = False
     """bf16 weights and activations, with fp32 master weights and fp32 gradient reduction."""
 
     def __post_init__(self) -> None:
-        _check(self, hf_model=(bool(self.hf_model), "the directory of a Hugging Face checkpoint"))
+        if not self.hf_model and not self.load:
+            raise ConfigError(
+                "--hf-model: give the directory of a Hugging Face checkpoint, or a Megatron one "
+                "with --load"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,8 @@ class ParallelConfig:
     """Ranks that split the stack of layers."""
     num_virtual_stages_per_pipeline_rank: int = 1
     """Model chunks per pipeline rank: above 1, the interleaved schedule."""
+    expert_model_parallel_size: int = 1
+    """Data-parallel ranks that share out the experts of a mixture of experts among themselves."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda (NCCL) where torch sees a GPU, else cpu (gloo)."""
     distributed_timeout_minutes: float = 10.0
@@ -86,6 +100,7 @@ class ParallelConfig:
                 virtual == 1 or (virtual > 1 and self.pipeline_model_parallel_size > 1),
                 "1, or more than 1 with --pipeline-model-parallel-size of at least 2",
             ),
+            expert_model_parallel_size=(self.expert_model_parallel_size >= 1, "at least 1"),
             distributed_timeout_minutes=(self.distributed_timeout_minutes > 0, "above 0"),
         )
 
@@ -522,7 +537,8 @@ class OutputConfig:
     """What a run leaves behind, all of it under --output-dir."""
 
     output_dir: str = "runs/drpo"
-    """Receives config.json, metrics.jsonl, tensorboard/, checkpoints/, hf/ and report.html."""
+    """Receives config.json, metrics.jsonl, tensorboard/, checkpoints/, hf/, report.html, and in
+    model/ the config.json and tokenizer of the model it started from."""
     checkpoint_interval: int = 0
     """Steps between training checkpoints; 0 writes one at the end only."""
     checkpoint_keep: int = 2

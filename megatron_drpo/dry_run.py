@@ -118,16 +118,18 @@ def _layout(config: Config, inputs: Inputs, world_size: int) -> list[str]:
     tp, pp, dp = _sizes(config, world_size)
     chunks = config.parallel.num_virtual_stages_per_pipeline_rank
     layers = inputs.architecture.num_layers // (pp * chunks)
-    device = inputs.device
+    device, experts = inputs.device, inputs.architecture.num_experts
+    ep = config.parallel.expert_model_parallel_size
     return [
         f"{world_size} rank(s) = TP {tp} x PP {pp} x DP {dp}",
         f"{chunks} chunk(s) of {layers} layer(s) on each rank",
+        *([f"EP {ep}: {experts // ep} of {experts} experts on each rank"] if experts else []),
         f"device {device.kind} ({device.backend}): {device.reason}",
     ]
 
 
 def _count(entries: Iterable[Entry], inputs: Inputs, tp: int) -> int:
-    """Parameters of these entries on one tensor-parallel rank."""
+    """Parameters of these entries on one tensor-parallel rank, one expert's where they are many."""
     return sum(
         math.prod(shape) // (tp if entry.transform.sharded else 1)
         for entry in entries
@@ -135,26 +137,36 @@ def _count(entries: Iterable[Entry], inputs: Inputs, tp: int) -> int:
     )
 
 
-def _num_parameters(inputs: Inputs, tp: int, pp: int) -> int:
-    """Parameters of the fullest rank: that of the first or of the last pipeline stage."""
+def _num_parameters(inputs: Inputs, config: Config) -> tuple[int, int]:
+    """Parameters of the fullest rank, that of the first or of the last pipeline stage, in experts
+    and in everything else."""
     architecture, family = inputs.architecture, family_of(inputs.architecture)
-    layers = architecture.num_layers // pp * _count(family.layer, inputs, tp)
+    tp = config.parallel.tensor_model_parallel_size
+    pp = config.parallel.pipeline_model_parallel_size
+    layers = architecture.num_layers // pp
+    one_expert = _count((entry for entry in family.layer if entry.is_expert), inputs, tp)
+    experts = architecture.num_experts // config.parallel.expert_model_parallel_size * one_expert
+    others = _count((entry for entry in family.layer if not entry.is_expert), inputs, tp)
     first, last = _count(family.first, inputs, tp), _count(family.last, inputs, tp)
     if pp > 1:  # a tied output layer is then a copy of the embedding
-        return layers + max(first, last)
-    tied = first if architecture.tie_word_embeddings else 0
-    return layers + first + last - tied
+        ends = max(first, last)
+    else:
+        ends = first + last - (first if architecture.tie_word_embeddings else 0)
+    return layers * experts, layers * others + ends
 
 
 def _memory(config: Config, inputs: Inputs, world_size: int) -> list[str]:
     tp, pp, dp = _sizes(config, world_size)
     architecture, rollout = inputs.architecture, config.rollout
-    parameters = _num_parameters(inputs, tp, pp)
+    experts, others = _num_parameters(inputs, config)
+    parameters = experts + others
     width = 2 if config.model.bf16 else 4
-    # Adam's two moments, and fp32 master weights where the weights are bf16.
-    state = parameters * (12 if config.model.bf16 else 8)
     if config.optimizer.use_distributed_optimizer:
-        state //= dp
+        # Over the ranks that hold the same parameters: of an expert's, there are fewer.
+        experts = experts * config.parallel.expert_model_parallel_size // dp
+        others //= dp
+    # Adam's two moments, and fp32 master weights where the weights are bf16.
+    state = (experts + others) * (12 if config.model.bf16 else 8)
     slots = min(
         rollout.rollout_max_slots,
         rollout.rollout_prompts_per_step // dp * rollout.rollout_samples_per_prompt,
@@ -188,12 +200,13 @@ def _output_memory(config: Config, inputs: Inputs, world_size: int) -> dict[str,
     else:
         parts = {f"logits of one row of {row} tokens": logits}
     if inputs.reference is not None:
-        size = _num_parameters(replace(inputs, architecture=inputs.reference), tp, pp)
+        other, _ = inputs.reference
+        size = sum(_num_parameters(replace(inputs, architecture=other), config))
         parts[f"weights of the reference model, {size:,} parameters"] = size * width
     needs = build_objective(config.objective).needs
     kept = architecture.hidden_size * needs.behaviour_l2
     if inputs.reference is not None:
-        kept += inputs.reference.hidden_size * needs.reference_kl
+        kept += inputs.reference[0].hidden_size * needs.reference_kl
     if kept:
         rollout = config.rollout
         tokens = rollout.rollout_prompts_per_step * rollout.rollout_samples_per_prompt

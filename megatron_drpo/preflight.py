@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from megatron_drpo.checkpoint.families import Architecture, read_architecture
-from megatron_drpo.checkpoint.hf import verify_checkpoint
+from megatron_drpo.checkpoint.families import Architecture, differences, read_architecture
 from megatron_drpo.checkpoint.resume import LATEST, check_same_run, latest
+from megatron_drpo.checkpoint.torch_dist import find_torch_dist, open_weights
 from megatron_drpo.config import Config
 from megatron_drpo.device import Device, choose_device
 from megatron_drpo.errors import ConfigError, DrpoError
@@ -39,6 +39,10 @@ class Inputs:
     """What a run works on; read once, the same on every rank."""
 
     device: Device
+    model: Path
+    """Directory of the model's config.json and tokenizer."""
+    weights: Path
+    """Directory of the checkpoint whose weights training starts from."""
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
@@ -47,8 +51,8 @@ class Inputs:
     """Training prompts; empty with `--rollouts-file`."""
     eval_prompts: Sequence[Prompt]
     """Held-out prompts; empty without `--eval-prompts`."""
-    reference: Architecture | None
-    """Of the frozen reference model; None where the objective needs none."""
+    reference: tuple[Architecture, Path] | None
+    """Of the frozen reference model, with its weights; None where the objective needs none."""
     rollouts: Sequence[tuple[Rollout, float | None]] | None
     """Rollouts of `--rollouts-file`, each with its reward if recorded; None: they are generated."""
 
@@ -95,14 +99,19 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
     objective = problems.attempt(build_objective, config.objective)
     needs = Needs() if objective is None else objective.needs
     _check_needs(config, needs, problems)
-    architecture = _architecture("--hf-model", config.model.hf_model, problems)
+    places = _model(config, problems)
+    architecture = None if places is None else problems.attempt(read_architecture, places[0])
     inputs = None
-    if architecture is not None:
+    if places is not None and architecture is not None:
+        weights = places[1]
+        _check_same_model(config, architecture, weights, problems)
         _check_against_model("the model", config, architecture, problems)
+        _check_training_of_experts(config, architecture, device, problems)
         if rank == 0:
-            problems.attempt(verify_checkpoint, config.model.hf_model, architecture)
-        reference = _reference(config, needs, architecture, rank, problems)
-        inputs = _read(config, device, architecture, reference, problems)
+            problems.attempt(_check_weights, weights, architecture)
+        reference = _reference(config, needs, (architecture, weights), rank, problems)
+        _check_experts_on_gpu(device, (architecture, reference and reference[0]), problems)
+        inputs = _read(config, device, places, architecture, reference, problems)
         if inputs is not None:
             _check_topk(config, needs, inputs, problems)
     problems.raise_all()
@@ -127,37 +136,103 @@ def _check_needs(config: Config, needs: Needs, problems: _Problems) -> None:
 
 
 def _reference(
-    config: Config, needs: Needs, policy: Architecture, rank: int, problems: _Problems
-) -> Architecture | None:
-    """The reference model's architecture, where the objective needs one."""
+    config: Config,
+    needs: Needs,
+    policy: tuple[Architecture, Path],
+    rank: int,
+    problems: _Problems,
+) -> tuple[Architecture, Path] | None:
+    """The reference model's architecture and weights, where the objective needs one."""
     if not (needs.reference_logprobs or needs.reference_kl):
         return None
     model = config.objective.reference_model
     if model is None:
         return policy
-    architecture = _architecture("--reference-model", model, problems)
-    if architecture is None:
+    directory = _directory("--reference-model", model, problems)
+    architecture = None if directory is None else problems.attempt(read_architecture, directory)
+    if directory is None or architecture is None:
         return None
-    if architecture.vocab_size != policy.vocab_size:
+    if architecture.vocab_size != policy[0].vocab_size:
         problems.add(
-            f"--reference-model {model}: has {architecture.vocab_size} token ids, --hf-model "
-            f"{config.model.hf_model} {policy.vocab_size}; a divergence compares probabilities of "
+            f"--reference-model {model}: has {architecture.vocab_size} token ids, "
+            f"{policy[1]} {policy[0].vocab_size}; a divergence compares probabilities of "
             "the same ids, so use a model of the same tokenizer"
         )
     _check_against_model("the reference model", config, architecture, problems)
     if rank == 0:
-        problems.attempt(verify_checkpoint, model, architecture)
-    return architecture
+        problems.attempt(_check_weights, directory, architecture)
+    return architecture, directory
 
 
-def _architecture(name: str, model: str, problems: _Problems) -> Architecture | None:
+def _model(config: Config, problems: _Problems) -> tuple[Path, Path] | None:
+    """The policy's directories: of config.json and tokenizer, and of the weights.
+
+    Resolved here once: a run that is still going moves its newest checkpoint.
+    """
+    hf_model, load = config.model.hf_model, config.model.load
+    given = _directory("--hf-model", hf_model, problems) if hf_model else None
+    loaded = _directory("--load", load, problems) if load else None
+    if load and loaded is None:
+        return None
+    if hf_model:
+        return given and (given, loaded or given)
+    assert loaded is not None, "the configuration demands one of both"
+    if not (loaded / "config.json").is_file():
+        problems.add(
+            f"--load {load}: holds no config.json to say what model it is; name the Hugging Face "
+            "directory of the model with --hf-model, for its config.json and tokenizer"
+        )
+        return None
+    return loaded, loaded
+
+
+def _directory(name: str, model: str, problems: _Problems) -> Path | None:
+    """The directory that a flag names or, of Megatron's, the checkpoint that it points to."""
     if not Path(model).is_dir():
         problems.add(
             f"{name} {model}: no such directory; give one on this machine (a model of the hub "
             "has to be downloaded first: hf download)"
         )
         return None
-    return problems.attempt(read_architecture, model)
+    found = problems.attempt(find_torch_dist, model)
+    if name == "--hf-model" and found is not None:
+        problems.add(
+            f"{name} {model}: is a Megatron checkpoint (torch_dist); that belongs to --load, and "
+            "--hf-model can be left out where it holds config.json and a tokenizer"
+        )
+        return None
+    if name == "--load" and found is None:
+        problems.add(
+            f"{name} {model}: is no Megatron checkpoint of the format torch_dist; a Hugging Face "
+            "directory belongs to --hf-model"
+        )
+        return None
+    return found or Path(model)
+
+
+def _check_same_model(
+    config: Config, architecture: Architecture, weights: Path, problems: _Problems
+) -> None:
+    """Two config.json of one run must say the same; equal shapes alone prove little."""
+    if not (config.model.load and config.model.hf_model and (weights / "config.json").is_file()):
+        return
+    own = problems.attempt(read_architecture, weights)
+    found = [] if own is None else differences(architecture, own)
+    if found:
+        problems.add(
+            f"--hf-model {config.model.hf_model} --load {config.model.load}: each has a "
+            f"config.json, and they differ in {', '.join(found)}; drop --hf-model"
+        )
+
+
+def _check_weights(source: Path, architecture: Architecture) -> None:
+    """By the checkpoint's own index, without reading a tensor.
+
+    Raises:
+        CheckpointError: lists every tensor that is missing, left over or of another shape.
+    """
+    with open_weights(source, architecture):
+        pass
 
 
 def _check_layout(config: Config, world_size: int, problems: _Problems) -> None:
@@ -177,6 +252,13 @@ def _check_layout(config: Config, world_size: int, problems: _Problems) -> None:
             f"--rollout-prompts-per-step {per_step}: must be a multiple of the {dp} data-parallel "
             f"replicas ({world_size} ranks / {tp} TP / {pp} PP)"
         )
+    ep = config.parallel.expert_model_parallel_size
+    if dp % ep:
+        problems.add(
+            f"--expert-model-parallel-size {ep}: must divide the {dp} data-parallel replicas "
+            f"({world_size} ranks / {tp} TP / {pp} PP); use one of "
+            + ", ".join(map(str, _divisors(dp)))
+        )
 
 
 def _check_transformer_engine(config: Config, device: Device | None, problems: _Problems) -> None:
@@ -187,7 +269,7 @@ def _check_transformer_engine(config: Config, device: Device | None, problems: _
             f"--transformer-impl transformer_engine: needs a GPU, but this run is on the CPU "
             f"({device.reason}); use local or auto"
         )
-    elif importlib.util.find_spec("transformer_engine") is None:
+    elif not _have_transformer_engine():
         problems.add(
             "--transformer-impl transformer_engine: Transformer Engine is not installed; "
             "use an NGC PyTorch container, or local or auto"
@@ -222,6 +304,12 @@ def _check_against_model(
             f"{architecture.num_layers} of {whose} (config.json); use products among "
             + ", ".join(map(str, _divisors(architecture.num_layers)))
         )
+    experts, ep = architecture.num_experts, config.parallel.expert_model_parallel_size
+    if experts % ep:
+        problems.add(
+            f"--expert-model-parallel-size {ep}: does not divide num_experts {experts} of {whose} "
+            f"(config.json); use one of {', '.join(map(str, _divisors(experts)))}"
+        )
     response, context = (
         config.rollout.rollout_max_response_length,
         architecture.max_position_embeddings,
@@ -231,6 +319,45 @@ def _check_against_model(
             f"--rollout-max-response-length {response}: leaves no room for a prompt in the model's "
             f"max_position_embeddings {context}; use at most {context - 1}, less the longest prompt"
         )
+
+
+def _check_training_of_experts(
+    config: Config, architecture: Architecture, device: Device | None, problems: _Problems
+) -> None:
+    """What Megatron asks of a mixture of experts that is trained, beyond its sizes."""
+    tp = config.parallel.tensor_model_parallel_size
+    ep = config.parallel.expert_model_parallel_size
+    if not architecture.num_experts:
+        if ep > 1:
+            problems.add(
+                f"--expert-model-parallel-size {ep}: the model has no experts (config.json); "
+                "drop it, and use --tensor-model-parallel-size to split the layers"
+            )
+        return
+    if tp > 1:
+        problems.add(
+            f"--tensor-model-parallel-size {tp}: the model has {architecture.num_experts} experts "
+            "in each layer, and Megatron trains those under tensor parallelism with sequence "
+            "parallelism only, which is not implemented; use 1, and split the experts with "
+            "--expert-model-parallel-size"
+        )
+
+
+def _check_experts_on_gpu(
+    device: Device | None, architectures: Sequence[Architecture | None], problems: _Problems
+) -> None:
+    if device is None or device.kind == "cpu" or _have_transformer_engine():
+        return
+    if any(architecture and architecture.num_experts for architecture in architectures):
+        problems.add(
+            "--device cuda: the model has experts (config.json), and Megatron routes tokens to "
+            "those on a GPU with Transformer Engine, which is not installed; use an NGC PyTorch "
+            "container, or --device cpu"
+        )
+
+
+def _have_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def _divisors(number: int) -> list[int]:
@@ -278,12 +405,13 @@ def _check_steps_left(config: Config, checkpoint: Path, problems: _Problems) -> 
 def _read(
     config: Config,
     device: Device | None,
+    places: tuple[Path, Path],
     architecture: Architecture,
-    reference: Architecture | None,
+    reference: tuple[Architecture, Path] | None,
     problems: _Problems,
 ) -> Inputs | None:
     """The files that need the model's tokenizer; None if one of them cannot be used."""
-    model, rollout = config.model.hf_model, config.rollout
+    rollout, model = config.rollout, places[0]
     room = architecture.max_position_embeddings - rollout.rollout_max_response_length
     tokenizer = problems.attempt(load_tokenizer, model, architecture.vocab_size)
     if tokenizer is None or room < 1:
@@ -322,7 +450,9 @@ def _read(
     _check_row_budget(config, prompts, rollouts or (), problems)
     if ends is None or device is None:
         return None
-    return Inputs(device, architecture, tokenizer, ends, prompts, eval_prompts, reference, rollouts)
+    return Inputs(
+        device, *places, architecture, tokenizer, ends, prompts, eval_prompts, reference, rollouts
+    )
 
 
 def _check_rollouts(

@@ -787,7 +787,8 @@ mark { background: #ebf4ff; color: inherit; }
 def render(run: Run) -> str:
     """The whole page."""
     title = f"DRPO run {run.name}"
-    facts = (run.config.get("objective"), run.config.get("hf_model"), run.config.get("prompts"))
+    model = run.config.get("load") or run.config.get("hf_model")
+    facts = (run.config.get("objective"), model, run.config.get("prompts"))
     subtitle = " &middot; ".join(escape(str(f)) for f in facts if f)
     plots = "".join(_picture(plot, run) for plot in PLOTS)
     used = ("device", "layout", "wall_seconds", "steps")

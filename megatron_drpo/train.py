@@ -12,6 +12,7 @@ depends on (seed, step) alone, so a resume needs only the number of the step.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ from tqdm import tqdm
 from megatron_drpo import rewards
 from megatron_drpo.advantages import make_trajectories
 from megatron_drpo.checkpoint import resume
-from megatron_drpo.checkpoint.hf import export_hf
+from megatron_drpo.checkpoint.hf import copy_settings
+from megatron_drpo.checkpoint.model_weights import export_hf
 from megatron_drpo.config import Config
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.mcore import parallel, state
@@ -66,6 +68,7 @@ class _Run:
     def __init__(self, config: Config, inputs: Inputs, layout: parallel.Layout) -> None:
         self.config, self.inputs, self.layout = config, inputs, layout
         self.directory = Path(config.output.output_dir)
+        self.settings = self.directory / "model"
         self.main = layout.rank == 0
         implementation = (
             "Transformer Engine" if use_transformer_engine(config.model) else "Megatron's local"
@@ -75,8 +78,14 @@ class _Run:
         kind = inputs.device.kind
         self.say(f"output layer: {describe_gemm(kind)}; sweep: {describe_sweep(kind)}")
         self.policy = Policy.load(
-            config, inputs.architecture, layout, inputs.device, inputs.reference
+            config,
+            inputs.architecture,
+            layout,
+            inputs.device,
+            weights=inputs.weights,
+            reference=inputs.reference,
         )
+        self.say(f"weights: {inputs.weights}, {self.policy.verified}")
         self.engine = InProcessEngine(self.policy, max_slots=config.rollout.rollout_max_slots)
         self.reward = rewards.load_reward(config.reward.reward)
         self.timer = PhaseTimer(inputs.device.synchronize)
@@ -116,6 +125,7 @@ class _Run:
         if self.main:
             self.directory.mkdir(parents=True, exist_ok=True)
             _write_json(self.directory / "config.json", config.flat())
+            self._keep_settings()
             resume_step = self.step + 1 if config.output.resume else None
             self.writer = MetricsWriter(self.directory, resume_step=resume_step)
         bar = tqdm(
@@ -155,6 +165,16 @@ class _Run:
                 },
             )
             self.say(f"report: {write_report(self.directory)}")
+
+    def _keep_settings(self) -> None:
+        """A copy of the model's config.json and tokenizer for checkpoints and export, which may
+        come days later, when who started the run has tidied up."""
+        if not self.settings.is_dir():
+            staging = self.settings.with_name(".model.tmp")
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            copy_settings(self.inputs.model, staging, None)
+            staging.rename(self.settings)
 
     def _due(self, interval: int) -> bool:
         """True at the end of the run, and every `interval` steps unless that is 0."""
@@ -399,6 +419,7 @@ class _Run:
                 self.policy,
                 resume.Progress(self.step, self.policy.num_updates, self.skipped_updates),
                 self.config,
+                self.settings,
                 keep=self.config.output.checkpoint_keep,
             )
         self._log({"time/checkpoint": self.timer.pop()["time/checkpoint"]})
@@ -407,12 +428,14 @@ class _Run:
         path = self.directory / "hf"
         export_hf(
             path,
-            self.config.model.hf_model,
+            self.settings,
             self.inputs.architecture,
             self.policy.models,
             tp_group=self.layout.tp_group,
             pp_group=self.layout.pp_group,
+            ep_group=self.layout.ep_group,
             dp_rank=self.layout.dp_rank,
+            run=f"{self.directory.resolve()}, step {self.step}",
         )
         self.layout.barrier()
         self.say(f"exported: {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -66,6 +67,33 @@ def run_distributed(
             raise AssertionError(f"{fn.__name__} failed:\n" + "\n".join(notes))
 
 
+_worlds = itertools.count(1)
+
+
+def renew_world(directory: Path) -> None:
+    """End every process group of this process and start a new world; collective.
+
+    For a test that goes through many layouts: the groups of each keep some sixty threads.
+
+    Args:
+        directory: where all processes can write.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    dist.destroy_process_group()
+    _init_gloo(directory / f"store-{next(_worlds)}", rank, world_size)
+
+
+def _init_gloo(store: Path, rank: int, world_size: int) -> None:
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(store), world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=120),
+    )
+
+
 def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
@@ -81,11 +109,7 @@ def _child(
             from megatron_drpo.mcore import cpu
 
             cpu.install()
-            store = dist.FileStore(str(scratch / "store"), world_size)
-            limit = timedelta(seconds=120)
-            dist.init_process_group(
-                "gloo", store=store, rank=rank, world_size=world_size, timeout=limit
-            )
+            _init_gloo(scratch / "store", rank, world_size)
             fn(rank, world_size, *args)
             dist.barrier()
             dist.destroy_process_group()

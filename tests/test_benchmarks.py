@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import __main__ as everything
-from benchmarks import training_memory, vocab_parallel
+from benchmarks import conversion, training_memory, vocab_parallel
 from benchmarks.contenders import _ENTROPY_WEIGHT, CONTENDERS, Inputs, Problem
 from benchmarks.measure import Place, extra_memory_of, run_ranks
 from benchmarks.vocab_parallel import Result, Settings
@@ -179,6 +179,28 @@ def test_the_tables_of_the_readme_are_those_of_the_files() -> None:
     for name in files:
         assert f"<!-- results/{name} -->\n" in text, f"the README does not show results/{name}"
     assert text == everything.filled(text), "run: python -m benchmarks --readme"
+
+
+@pytest.mark.distributed
+def test_conversions_are_measured_beside_a_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "figures.json"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    conversion.main(
+        ["--layers", "1", "--hidden", "256", "--workers", "2", "--rounds", "1"]
+        + ["--scratch", str(scratch), "--json", str(path)]
+    )
+    record = json.loads(path.read_text())
+    assert capsys.readouterr().out.strip() == conversion.render(record)
+    names = [result["name"] for result in record["results"]]
+    assert names == ["copy", "hf-to-megatron, 2 workers", "megatron-to-hf, 2 workers"]
+    # Embedding and output layer, attention of 4 heads in 1 group, the MLP, three norms.
+    weights = 2 * 32_000 * 256 + 2 * 256 * (256 + 64) + 3 * 256 * 704 + 3 * 256
+    assert record["model"]["bytes"] == 2 * weights and record["model"]["tensors"] == 12
+    assert all(result["seconds"][0] > 0 for result in record["results"])
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.slow

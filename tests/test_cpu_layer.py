@@ -35,6 +35,8 @@ moved = torch.ones(2).cuda().cuda(torch.cuda.current_device(), non_blocking=True
 devices = {here(), torch.device("cuda"), made.device, moved.device}
 is_float_tensor = torch.ones(1).type() == "torch.cuda.FloatTensor"
 text = "cuda graphs need cuda"
+on_device = moved.is_cuda
+on_side_stream = torch.cuda.current_stream() != torch.cuda.Stream()
 
 def draw():
     torch.cuda.manual_seed(3)
@@ -92,6 +94,7 @@ def test_inside_megatron_cuda_means_cpu(load: Callable[..., types.ModuleType]) -
     assert module.devices == {torch.device("cpu")}
     assert module.is_float_tensor
     assert module.text == "cuda graphs need cuda"
+    assert module.on_device and not module.on_side_stream
     assert torch.equal(*module.draw())
     assert 0 <= module.wait() < 1000
     assert not module.torch.cuda.is_available()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from megatron_drpo.checkpoint.convert import megatron_to_hf
 from tests.distributed import run_distributed
 from tests.tiny_run import make_tiny_run
 
@@ -35,7 +36,10 @@ def make_run(directory: Path) -> list[str]:
 
 def _train(rank: int, world_size: int, root: Path, flags: list[str]) -> None:
     """Runs that share one start of the processes; each is a whole `train.run`."""
+    from megatron.core import parallel_state
+
     from megatron_drpo import cli
+    from megatron_drpo.checkpoint.convert import hf_to_megatron
     from megatron_drpo.errors import CheckpointError
 
     os.chdir(root)
@@ -63,7 +67,23 @@ def _train(rank: int, world_size: int, root: Path, flags: list[str]) -> None:
     recorded = ["--rollouts-file", "straight/rollouts/step-000001.jsonl", "--train-iters", "1"]
     at = dp2.index("--prompts")
     cli.start([*dp2[:at], *dp2[at + 2 :], *recorded, "--output-dir", "replayed"])
-    # Last, because it leaves its process groups behind.
+    # From Megatron's checkpoints instead: one that was converted, and that of the straight run.
+    at = tp2.index("--hf-model")
+    loading = [*tp2[:at], *tp2[at + 2 :], "--train-iters", "1"]
+    if rank == 0:
+        hf_to_megatron("model", "megatron")
+        shutil.copytree("megatron", "tampered")
+        weight = load_file("model/model.safetensors")["model.norm.weight"].numpy().tobytes()
+        (file,) = (f for f in Path("tampered").glob("*.distcp") if weight in f.read_bytes())
+        file.write_bytes(file.read_bytes().replace(weight, b"\0" + weight[1:]))
+    dist.barrier()
+    cli.start([*loading, "--load", "megatron", "--output-dir", "loaded"])
+    cli.start([*loading, "--load", "straight/checkpoints", "--output-dir", "continued"])
+    # Last, because they leave their process groups behind.
+    with pytest.raises(CheckpointError) as refused:
+        cli.start([*loading, "--load", "tampered", "--output-dir", "never"])
+    Path(f"tampered-{rank}").write_text(str(refused.value))
+    parallel_state.destroy_model_parallel()
     with pytest.raises(CheckpointError) as refused:
         cli.start([*tp2, "--train-iters", "6", "--output-dir", "unreadable", "--resume"])
     Path(f"unreadable-{rank}").write_text(str(refused.value))
@@ -118,6 +138,33 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks(runs: Path) -> None:
     for rank in (0, 1):
         message = (runs / f"unreadable-{rank}").read_text()
         assert "step-000003/__0_0.distcp: differs from what was saved" in message
+
+
+@pytest.mark.distributed
+def test_a_megatron_checkpoint_starts_the_same_run(runs: Path) -> None:
+    straight, loaded = logged(runs / "straight"), logged(runs / "loaded")
+    assert loaded[0] == straight[0] and loaded[1] == straight[1] | loaded[1]
+    assert load_file(runs / "loaded/hf/model.safetensors")  # no --hf-model was there to copy from
+
+
+@pytest.mark.distributed
+def test_a_training_checkpoint_starts_another_run_where_it_ended(runs: Path) -> None:
+    last, first = logged(runs / "straight")[6], logged(runs / "continued")[0]
+    assert {name: last[name] for name in first} == first
+    megatron_to_hf(runs / "straight/checkpoints", runs / "converted")
+    ours = load_file(runs / "straight/hf/model.safetensors")
+    theirs = load_file(runs / "converted/model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.distributed
+def test_weights_that_are_not_those_of_the_manifest_are_refused_on_all_ranks(runs: Path) -> None:
+    for rank in (0, 1):
+        message = (runs / f"tampered-{rank}").read_text()
+        assert "tampered: " in message and "manifest.json says" in message
+        assert "--no-verify-weights" in message
+    assert not (runs / "never").exists()
 
 
 @pytest.mark.distributed

@@ -12,14 +12,26 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_drpo.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from megatron_drpo.device import Device
 from megatron_drpo.types import Prompt, Rollout, Trajectory
-from tests.distributed import run_distributed
+from tests.distributed import renew_world, run_distributed
 from tests.tiny_models import VOCAB, save_tiny, tiny_model
 
 WORLD = 4
@@ -37,6 +49,7 @@ LAYOUTS = [
 MODELS = [("llama", True), ("qwen3", False)]
 DELTA, TEMPERATURE, HORIZON = 0.5, 0.8, 16
 GREEDY_TOKENS = 10
+SHOWS_GRADIENTS = OptimizerConfig(lr=1.0, adam_eps=1.0, weight_decay=0.0, clip_grad=0.0)
 
 
 def trajectories() -> list[Trajectory]:
@@ -55,11 +68,10 @@ def trajectories() -> list[Trajectory]:
     return out
 
 
-def reference(family: str, tie: bool) -> tuple[float, list[list[float]], dict[str, Tensor]]:
-    """(loss, log-probs of each response, weights after the update), by transformers in fp64."""
-    model = tiny_model(family, tie=tie, dtype=torch.float64)
+def reference_loss(model: Any) -> tuple[Tensor, list[list[float]]]:
+    """(loss, log-probs of each response) of `trajectories` under a model of transformers."""
     batch = trajectories()
-    total: Tensor | float = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     scores = []
     for trajectory in batch:
         rollout = trajectory.rollout
@@ -73,58 +85,89 @@ def reference(family: str, tie: bool) -> tuple[float, list[list[float]], dict[st
             r, a = log_pi.exp() / mu, trajectory.advantage
             objective = r * a - abs(a) / (2 * DELTA) * mu * (r - 1) ** 2
             total = total - objective / HORIZON
-    loss = total / len(batch)
+    return total / len(batch), scores
+
+
+def update_reference(model: Any, clip: float = math.inf) -> float:
+    """Move each weight by -g / (|g| + 1), as one update does here; returns the gradients' norm.
+
+    Args:
+        clip: norm that the gradients are scaled down to, if theirs is larger.
+    """
+    norm = math.sqrt(sum(float((value.grad**2).sum()) for value in model.parameters()))
+    factor = min(1.0, clip / norm)
+    with torch.no_grad():
+        for value in model.parameters():
+            grad = factor * value.grad
+            value -= grad / (grad.abs() + 1)
+    return norm
+
+
+def reference(family: str, tie: bool) -> tuple[float, list[list[float]], dict[str, Tensor]]:
+    """(loss, log-probs of each response, weights after the update), by transformers in fp64."""
+    model = tiny_model(family, tie=tie, dtype=torch.float64)
+    loss, scores = reference_loss(model)
     loss.backward()
-    weights = {}
-    for name, value in model.named_parameters():
-        weights[name] = (value - value.grad / (value.grad.abs() + 1)).detach()
-    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters()))
+    norm = update_reference(model)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
     return float(loss.detach()), scores, weights | {"grad_norm": torch.tensor(norm)}
 
 
-def _policy(source: Path, layout_size, rank: int):
+def make_policy(
+    source: Path,
+    rank: int,
+    sizes: ParallelConfig,
+    optimizer: OptimizerConfig = SHOWS_GRADIENTS,
+    *,
+    budget: int = 24,
+    bf16: bool = False,
+):
+    """Started process groups, and the policy of the checkpoint `source` on them."""
     from megatron_drpo.checkpoint.families import read_architecture
-    from megatron_drpo.config import (
-        Config,
-        DataConfig,
-        ModelConfig,
-        ObjectiveConfig,
-        OptimizerConfig,
-        ParallelConfig,
-        RolloutConfig,
-        TrainConfig,
-    )
-    from megatron_drpo.device import Device
     from megatron_drpo.mcore import parallel
     from megatron_drpo.mcore.policy import Policy
 
-    tp, pp, vp, budget = layout_size
     config = Config(
-        model=ModelConfig(hf_model=str(source), transformer_impl="local"),
-        parallel=ParallelConfig(tp, pp, vp),
+        model=ModelConfig(hf_model=str(source), transformer_impl="local", bf16=bf16),
+        parallel=sizes,
         data=DataConfig(prompts="unused"),
         rollout=RolloutConfig(rollout_temperature=TEMPERATURE),
         objective=ObjectiveConfig(drpo_delta=DELTA, loss_token_horizon=HORIZON),
-        optimizer=OptimizerConfig(lr=1.0, adam_eps=1.0, weight_decay=0.0, clip_grad=0.0),
+        optimizer=optimizer,
         train=TrainConfig(max_tokens_per_microbatch=budget),
     )
     device = Device("cpu", "gloo", rank, "test")
     layout = parallel.initialize(config.parallel, device, seed=1)
-    return layout, Policy.load(config, read_architecture(source), layout, device)
+    return layout, Policy.load(config, read_architecture(source), layout, device, weights=source)
 
 
-def _sample(policy, *, temperature: float, slots: int):
+def end(layout, policy, directory: Path) -> None:
+    """End the process groups that `make_policy` started; collective.
+
+    Hooks in the autograd graph keep Megatron's data-parallel wrappers, and these the model and its
+    groups: without letting go, each layout would leave some fifty threads to the next one.
+    """
+    from megatron_drpo.mcore import parallel
+
+    parallel.destroy(layout)
+    for chunk in policy.chunks:
+        vars(chunk).clear()
+    renew_world(directory)
+
+
+def sample(policy, *, temperature: float, slots: int, count: int | None = None):
+    """Responses to the prompts of `trajectories`, or of its first `count`."""
     from megatron_drpo.rollout.engine import Request, Sampling
     from megatron_drpo.rollout.inprocess import InProcessEngine
 
     engine = InProcessEngine(policy, max_slots=slots)
     prompts = [trajectory.rollout.prompt.token_ids for trajectory in trajectories()]
-    requests = [Request(prompt, stream) for stream, prompt in enumerate(prompts)]
+    requests = [Request(prompt, stream) for stream, prompt in enumerate(prompts[:count])]
     sampling = Sampling(temperature, 1.0, 0, GREEDY_TOKENS, stop_ids=(2, 9), seed=5)
     return engine.generate(requests, sampling)
 
 
-def _fresh_trajectories(completions) -> list[Trajectory]:
+def fresh_trajectories(completions) -> list[Trajectory]:
     return [
         replace(
             old,
@@ -134,25 +177,25 @@ def _fresh_trajectories(completions) -> list[Trajectory]:
                 behaviour_logprobs=new.logprobs,
             ),
         )
-        for old, new in zip(trajectories(), completions, strict=True)
+        for old, new in zip(trajectories()[: len(completions)], completions, strict=True)
     ]
 
 
 def _ranks(rank: int, world_size: int, root: Path) -> None:
     """One start of the processes, which is what costs time, for everything below."""
-    from megatron_drpo.checkpoint.hf import export_hf
-    from megatron_drpo.mcore import parallel
+    from megatron_drpo.checkpoint.model_weights import export_hf
 
     for family, _ in MODELS:
         for size in LAYOUTS:
-            layout, policy = _policy(root / family, size, rank)
+            sizes, budget = ParallelConfig(*size[:3]), size[3]
+            layout, policy = make_policy(root / family, rank, sizes, budget=budget)
             result: dict[str, object] = {}
-            greedy = _sample(policy, temperature=0.0, slots=5)
-            drawn = _sample(policy, temperature=TEMPERATURE, slots=5)
+            greedy = sample(policy, temperature=0.0, slots=5)
+            drawn = sample(policy, temperature=TEMPERATURE, slots=5)
             result["greedy"] = [c.response_ids.tolist() for c in greedy]
             result["drawn"] = [c.response_ids.tolist() for c in drawn]
             result["reasons"] = [c.finish_reason for c in drawn]
-            rows = policy.pack(_fresh_trajectories(drawn))
+            rows = policy.pack(fresh_trajectories(drawn))
             gaps = [
                 (score.logprobs - row.behaviour_logprobs).abs().max().item()
                 for score, row in zip(policy.score(rows), rows, strict=False)
@@ -188,7 +231,7 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
             everyone = layout.gather_objects(result)
             if rank == 0:
                 (root / f"{name}.json").write_text(json.dumps(everyone))
-            parallel.destroy(layout)
+            end(layout, policy, root)
 
 
 def _poison(policy) -> dict[str, object]:

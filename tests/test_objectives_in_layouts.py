@@ -212,7 +212,9 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
         for name, objective in (OBJECTIVES | {"bf16": ObjectiveConfig(drpo_delta=0.3)}).items():
             norm = objective.loss_aggregation == "seq-mean-token-sum-norm"
             config = Config(
-                model=ModelConfig(str(root / "model"), "local", bf16=name == "bf16"),
+                model=ModelConfig(
+                    str(root / "model"), transformer_impl="local", bf16=name == "bf16"
+                ),
                 parallel=ParallelConfig(tp, pp, vp),
                 data=DataConfig(prompts="unused"),
                 rollout=RolloutConfig(rollout_temperature=TEMPERATURE),
@@ -225,7 +227,16 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
                 train=TrainConfig(max_tokens_per_microbatch=budget, fused_output=fused),
             )
             device = Device("cpu", "gloo", rank, "test")
-            policy = Policy.load(config, read_architecture(root / "model"), layout, device)
+            source = root / "model"
+            other = root / "reference"
+            policy = Policy.load(
+                config,
+                read_architecture(source),
+                layout,
+                device,
+                weights=source,
+                reference=(read_architecture(other), other),
+            )
             [rows] = policy.annotate([policy.pack(batch())])
             found: dict[str, Any] = {"loss": [], "grad_norm": []}
             for update in range(2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 
 from megatron_drpo import cli
 from megatron_drpo.arguments import parse
+from megatron_drpo.checkpoint.convert import hf_to_megatron
+from megatron_drpo.checkpoint.families import read_architecture
+from megatron_drpo.device import Device
 from megatron_drpo.errors import CheckpointError, ConfigError, DataError, DrpoError, RewardError
 from megatron_drpo.preflight import Inputs, preflight
 from tests.tiny_run import NUM_PROMPTS, make_tiny_run
@@ -105,6 +109,61 @@ def test_what_does_not_fit_names_both_numbers_and_the_flag(
     message = refused(ConfigError, [*flags, *extra], world_size)
     assert "\n" not in message
     assert all(part in message for part in parts), message
+
+
+def use_experts(flags: list[str]) -> list[str]:
+    """The flags, but of a mixture of experts: 4 in each layer, 2 for each token."""
+    from tests.tiny_models import save_tiny
+
+    save_tiny(Path("experts"), "qwen3_moe")
+    for file in Path("model").glob("tokenizer*"):
+        Path("experts", file.name).write_bytes(file.read_bytes())
+    return [*flags, "--hf-model", "experts"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "world_size", "parts"),
+    [
+        (["--expert-model-parallel-size", "4"], 2, ["size 4", "the 2 data-parallel", "of 1, 2"]),
+        (
+            ["--expert-model-parallel-size", "3", "--rollout-prompts-per-step", "6"],
+            3,
+            ["size 3", "num_experts 4", "use one of 1, 2, 4"],
+        ),
+        (["--expert-model-parallel-size", "0"], 1, ["size 0", "at least 1"]),
+        (
+            ["--tensor-model-parallel-size", "2"],
+            2,
+            ["size 2", "4 experts", "--expert-model-parallel-size"],
+        ),
+    ],
+)
+def test_experts_that_cannot_be_trained_in_a_layout_are_refused(
+    flags: list[str], extra: list[str], world_size: int, parts: list[str]
+) -> None:
+    message = refused(ConfigError, [*use_experts(flags), *extra], world_size)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_experts_are_trained_where_they_can_be(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = use_experts(flags)
+    pipeline = ["--pipeline-model-parallel-size", "2"]
+    check([*experts, *pipeline, "--expert-model-parallel-size", "2"], 8)
+    message = refused(ConfigError, [*flags, "--expert-model-parallel-size", "2"], 2)
+    assert "the model has no experts" in message and "\n" not in message
+    # A frozen model's forward pass asks for nothing: its layers may be split.
+    sizes = ["--tensor-model-parallel-size", "2", "--kl-coef", "0.1"]
+    check([*flags, *sizes, "--reference-model", "experts"], 2)
+    cuda = Device("cuda", "nccl", 0, "test")
+    monkeypatch.setattr("megatron_drpo.preflight.choose_device", lambda _: cuda)
+    monkeypatch.setattr("megatron_drpo.preflight._have_transformer_engine", lambda: False)
+    check(flags)
+    assert "Transformer Engine" in refused(ConfigError, experts)
+    kl = [*flags, "--kl-coef", "0.1", "--reference-model", "experts"]
+    assert "Transformer Engine" in refused(ConfigError, kl)
 
 
 def test_files_that_cannot_be_used_are_refused(flags: list[str]) -> None:
@@ -247,12 +306,12 @@ def test_the_reference_model_is_checked_as_the_policy_is(flags: list[str]) -> No
     assert check(flags).reference is None
     kl = [*flags, "--kl-coef", "0.1"]
     inputs = check(kl)
-    assert inputs.reference == inputs.architecture
+    assert inputs.reference == (inputs.architecture, inputs.weights)
     message = refused(ConfigError, [*kl, "--reference-model", "gone"])
     assert "--reference-model gone: no such directory" in message
     save_tiny(Path("llama"), "llama")
     other = check([*kl, "--reference-model", "llama"]).reference
-    assert other is not None and other != inputs.architecture
+    assert other is not None and other[0].family == "llama" and other[1] == Path("llama")
     path = Path("llama/config.json")
     path.write_text(path.read_text().replace('"vocab_size": 61', '"vocab_size": 60'))
     message = refused(ConfigError, [*kl, "--reference-model", "llama"])
@@ -290,3 +349,80 @@ def test_the_memory_estimate_counts_the_parameters_of_a_rank(
     sizes = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", str(pp)]
     cli.start([*flags, "--dry-run", *sizes])
     assert f"weights, {expected:,} parameters" in capsys.readouterr().out
+
+
+def test_the_memory_estimate_shares_out_experts(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    argv = [*use_experts(flags), "--dry-run", "--expert-model-parallel-size", "2"]
+    sizes = {n: w.numel() for n, w in load_file("experts/model.safetensors").items()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name) // 2
+    others = sum(size for name, size in sizes.items() if ".experts." not in name)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    cli.start(argv)
+    text = capsys.readouterr().out
+    assert "4 rank(s) = TP 1 x PP 1 x DP 4" in text
+    assert "EP 2: 2 of 4 experts on each rank" in text
+    assert f"weights, {experts + others:,} parameters" in text
+    # Adam's two moments: an expert's are on two ranks, the others' on four.
+    state = (experts // 2 + others // 4) * 8
+    assert f"{state / 2**20:,.1f} MiB  optimizer state" in text
+
+
+# --- Megatron checkpoints -----------------------------------------------------------------------
+
+
+def without_model(flags: list[str]) -> list[str]:
+    at = flags.index("--hf-model")
+    return [*flags[:at], *flags[at + 2 :]]
+
+
+@pytest.fixture
+def converted(flags: list[str]) -> list[str]:
+    """The flags without a model, whose conversion is in `megatron`."""
+    hf_to_megatron("model", "megatron")
+    return without_model(flags)
+
+
+def test_a_converted_checkpoint_needs_no_hugging_face_directory(converted: list[str]) -> None:
+    inputs = check([*converted, "--load", "megatron"])
+    assert (inputs.model, inputs.weights) == (Path("megatron"), Path("megatron"))
+    assert inputs.architecture == read_architecture("model")
+    inputs = check([*converted, "--hf-model", "model", "--load", "megatron"])
+    assert (inputs.model, inputs.weights) == (Path("model"), Path("megatron"))
+
+
+def test_each_kind_of_checkpoint_has_its_flag(converted: list[str]) -> None:
+    message = refused(ConfigError, [*converted, "--load", "model"])
+    assert "--load model: is no Megatron checkpoint" in message and "--hf-model" in message
+    message = refused(ConfigError, [*converted, "--hf-model", "megatron"])
+    assert "--hf-model megatron: is a Megatron checkpoint" in message and "--load" in message
+    with pytest.raises(ConfigError, match="--hf-model: give .* or a Megatron one with --load"):
+        check(converted)
+
+
+def test_weights_alone_do_not_say_what_model_they_are(converted: list[str]) -> None:
+    Path("megatron/config.json").unlink()
+    message = refused(ConfigError, [*converted, "--load", "megatron"])
+    assert "--load megatron: holds no config.json" in message and "--hf-model" in message
+    assert check([*converted, "--load", "megatron", "--hf-model", "model"]).model == Path("model")
+
+
+def test_two_models_of_equal_shapes_are_told_apart(converted: list[str]) -> None:
+    shutil.copytree("model", "other")
+    path = Path("other/config.json")
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] = 7000.0
+    path.write_text(json.dumps(config))
+    argv = [*converted, "--load", "megatron", "--hf-model", "other"]
+    message = refused(ConfigError, argv)
+    assert "rotary_base 7000.0 against 5000.0" in message and "drop --hf-model" in message
+
+
+def test_megatron_weights_that_do_not_fit_are_refused(converted: list[str]) -> None:
+    path = Path("megatron/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 48}))
+    message = refused(CheckpointError, [*converted, "--load", "megatron"])
+    assert "the weights do not fit config.json" in message

@@ -44,15 +44,17 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def check(path: Path, ranks: int = 1) -> None:
-    found: dict[str, str] = {}
-    for rank in range(ranks):
-        found |= resume.digests(path, rank, ranks)
-    resume.check_files(path, resume.read_state(path), found)
+    """Raise what the ranks find together."""
+    state = resume.read_state(path)
+    found = [resume.damaged_files(path, state, rank, ranks) for rank in range(ranks)]
+    if problems := [problem for each in found for problem in each]:
+        raise CheckpointError("\n".join(problems))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_whole_checkpoint_passes(checkpoint: Path, ranks: int) -> None:
     assert resume.latest(checkpoint.parent) == checkpoint
+    (checkpoint / ".notes").mkdir()  # what somebody else puts there does not matter
     check(checkpoint, ranks)
 
 
@@ -67,7 +69,7 @@ def test_one_flipped_bit_is_found_and_the_file_named(checkpoint: Path) -> None:
 
 def test_a_missing_file_is_named(checkpoint: Path) -> None:
     (checkpoint / "b.distcp").unlink()
-    with pytest.raises(CheckpointError, match=r"b\.distcp: is missing; write the name of another"):
+    with pytest.raises(CheckpointError, match=r"b\.distcp: is missing"):
         check(checkpoint)
 
 

@@ -38,8 +38,9 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _LFS = b"version https://git-lfs"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""What weights may be stored as, under the format's own names."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_LISTED = 50  # problems in one message: a wrong config.json makes every tensor one
 _COPIED = (
     "generation_config.json",
@@ -105,9 +106,7 @@ class HfWeights(Weights):
     @property
     def tensors(self) -> Mapping[str, Described]:
         """dtype and shape of everything stored, tables that follow from config.json included."""
-        return {
-            name: (_DTYPES[stored.dtype], stored.shape) for name, stored in self._stored.items()
-        }
+        return {name: (DTYPES[stored.dtype], stored.shape) for name, stored in self._stored.items()}
 
     def load(self, name: str) -> Tensor:
         """One of `tensors`; nothing that is written into it reaches the file."""
@@ -120,7 +119,7 @@ class HfWeights(Weights):
             offset=page,
         )
         data = torch.frombuffer(buffer, dtype=torch.uint8, offset=stored.begin - page)
-        dtype = _DTYPES[stored.dtype]
+        dtype = DTYPES[stored.dtype]
         if data.data_ptr() % dtype.itemsize:  # the format allows it, processors may not
             data = data.clone()
         return data.view(dtype).reshape(stored.shape)
@@ -186,10 +185,10 @@ def _verified(directory: Path, architecture: Architecture) -> dict[str, StoredTe
             f"{name} {list(expected[name])} is missing from {directory}" for name in missing
         ]
     for name, tensor in stored.items():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             problems.append(
                 f"{tensor.file}: {name} has dtype {tensor.dtype}, must be one of "
-                f"{', '.join(_DTYPES)}; a quantised model has to be stored in one of them first"
+                f"{', '.join(DTYPES)}; a quantised model has to be stored in one of them first"
             )
         if name.endswith(family.derived):
             continue
@@ -221,7 +220,7 @@ def _mixed_dtypes(
     found: dict[str, dict[str, str]] = {}  # first name of each dtype, by key
     for entry in entries:
         for name in entry.hf:
-            if name in stored and stored[name].dtype in _DTYPES:
+            if name in stored and stored[name].dtype in DTYPES:
                 key = tied[0] if name in tied else entry.key
                 found.setdefault(key, {}).setdefault(stored[name].dtype, name)
     return [
@@ -348,8 +347,8 @@ def _describe(
     begin, end = data_offsets
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name}: shape {shape} and offsets {data_offsets} must be whole numbers")
-    if dtype in _DTYPES:
-        need = math.prod(shape) * _DTYPES[dtype].itemsize
+    if dtype in DTYPES:
+        need = math.prod(shape) * DTYPES[dtype].itemsize
         if need == 0:
             raise CheckpointError(f"is damaged: {name} {shape} has no elements")
         if need != end - begin:
@@ -541,17 +540,22 @@ def staging_of(out: Path) -> Path:
 def publish(staging: Path, out: Path) -> None:
     """Force what was staged to disk and call it `out`, in place of an earlier checkpoint."""
     for path in [*staging.iterdir(), staging]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
     old = out.with_name(f".{out.name}.old")
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     staging.rename(out)
+    _sync(out.absolute().parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -106,13 +106,13 @@ def digest(tensor: Tensor) -> str:
 
     Other threads run meanwhile: hashing does not hold the interpreter's lock.
     """
-    data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()
 
 
-def record(tensor: Tensor) -> TensorRecord:
-    """The record of a tensor that is in memory."""
-    return TensorRecord(tuple(tensor.shape), dtype_name(tensor.dtype), digest(tensor))
+def record(tensor: Tensor, sha256: str | None = None) -> TensorRecord:
+    """The record of a tensor that is in memory; `sha256` is its digest where that is known."""
+    return TensorRecord(tuple(tensor.shape), dtype_name(tensor.dtype), sha256 or digest(tensor))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -6,12 +6,12 @@ an error, before any long work and without Megatron; `mcore.state` writes and re
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_drpo.checkpoint.manifest import file_digest
 from megatron_drpo.config import Config, flag
 from megatron_drpo.errors import CheckpointError
 
@@ -20,7 +20,9 @@ MAY_CHANGE = frozenset(
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
         "num_virtual_stages_per_pipeline_rank",
+        "expert_model_parallel_size",
         "device",
+        "verify_weights",
         "distributed_timeout_minutes",
         "transformer_impl",
         "max_tokens_per_microbatch",
@@ -92,35 +94,26 @@ def read_state(path: Path) -> dict[str, Any]:
 def digests(path: Path, rank: int, num_ranks: int) -> dict[str, str]:
     """SHA-256 of this rank's share of a checkpoint's files, all but `state.json`, by name."""
     names = sorted(file.name for file in path.iterdir() if file.name != STATE)
-    return {name: _digest(path / name) for name in names[rank::num_ranks]}
+    return {name: file_digest(path / name) for name in names[rank::num_ranks]}
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def check_files(path: Path, state: dict[str, Any], found: dict[str, str]) -> None:
-    """Compare a checkpoint's files with what `state.json` says was written.
+def damaged_files(path: Path, state: dict[str, Any], rank: int, num_ranks: int) -> list[str]:
+    """Compare this rank's share of a checkpoint's files with what `state.json` says was written.
 
     Storage that flips a bit is not noticed by what reads the shards, and the run would go on with
     other weights.
 
-    Args:
-        found: `digests` of all ranks together.
-
-    Raises:
-        CheckpointError: names each file that is missing or differs.
+    Returns:
+        A sentence for each file that is missing or differs; the union over the ranks is the whole.
     """
-    written = state["files"]
-    damaged = [
-        f"{path / name}: {'differs from what was saved' if name in found else 'is missing'}"
-        for name in sorted(written)
-        if found.get(name) != written[name]
-    ]
-    if damaged:
-        damaged[-1] += f"; write the name of another checkpoint into {path.parent / LATEST}"
-        raise CheckpointError("\n".join(damaged))
+    written, found = state["files"], []
+    for name in sorted(written)[rank::num_ranks]:
+        file = path / name
+        if not file.is_file():
+            found.append(f"{file}: is missing")
+        elif file_digest(file) != written[name]:
+            found.append(f"{file}: differs from what was saved")
+    return found
 
 
 def check_same_run(path: Path, config: Config) -> None:

@@ -29,11 +29,17 @@ _PACKAGE = "megatron"
 
 
 class Stream:
-    """A CPU has one order of execution, so a stream is always complete."""
+    """A CPU has one order of execution: all streams are the same one, and always complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = torch.device("cpu")
         self.cuda_stream = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    def __hash__(self) -> int:
+        return hash(Stream)
 
     def synchronize(self) -> None: ...
 
@@ -194,7 +200,8 @@ class _Nvtx:
 
 
 class _CudaToCpu(ast.NodeTransformer):
-    """``torch.cuda`` -> the shim; ``"cuda"`` -> ``"cpu"``; ``x.cuda(...)`` -> ``x.cpu()``.
+    """``torch.cuda`` -> the shim; ``"cuda"`` -> ``"cpu"``; ``x.cuda(...)`` -> ``x.cpu()``;
+    ``x.is_cuda`` -> ``x.is_cpu``.
 
     Line numbers stay, so that tracebacks and debuggers show megatron's own source.
     """
@@ -202,6 +209,8 @@ class _CudaToCpu(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         if node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch":
             return ast.copy_location(ast.Name(_SHIM, ast.Load()), node)
+        if node.attr == "is_cuda":
+            node.attr = "is_cpu"
         return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -252,6 +261,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
         if module.__name__ == "megatron.core.jit":
             # torch.compile would spend minutes compiling small elementwise functions.
             module.disable_jit_fuser()
+        if module.__name__ == "megatron.core.transformer.moe.moe_utils":
+            # 0.16 asks whether Transformer Engine's GEMM is None, and does not say so without it.
+            module.__dict__.setdefault("te_general_gemm", None)
 
 
 class _Finder(importlib.machinery.PathFinder):

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_drpo.checkpoint.families import Architecture, padded_vocab_size
+from megatron_drpo.checkpoint.families.rope import rotary_frequencies
 from megatron_drpo.config import ModelConfig
 from megatron_drpo.device import Device
 from megatron_drpo.mcore import attention
@@ -105,21 +106,57 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=gpu
         and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        **_experts(architecture, layout, grouped=use_transformer_engine(config)),
+    )
+
+
+def _experts(architecture: Architecture, layout: Layout, *, grouped: bool) -> dict[str, Any]:
+    """What a mixture of experts adds to the configuration; nothing to a dense model's.
+
+    A token's weights come from the router in fp32. Nothing balances the load of the experts: that
+    would be a loss beside the objective.
+
+    Args:
+        grouped: compute all experts of a rank in one call of Transformer Engine's.
+    """
+    if not architecture.num_experts:
+        return {}
+    return dict(
+        num_moe_experts=architecture.num_experts,
+        moe_ffn_hidden_size=architecture.ffn_hidden_size,
+        moe_router_topk=architecture.num_experts_per_token,
+        moe_router_pre_softmax=not architecture.normalize_router_weights,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=grouped,
+        expert_model_parallel_size=layout.ep_size,
     )
 
 
 def _layer_spec(architecture: Architecture, use_te: bool) -> ModuleSpec:
     """Megatron's own layer spec with our core attention in it."""
+    experts: dict[str, Any] = {
+        "num_experts": architecture.num_experts or None,
+        "moe_grouped_gemm": use_te,
+    }
     if use_te:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=architecture.qk_layernorm, **experts
+        )
         core = attention.TECoreAttention
     else:
         spec = get_gpt_layer_local_spec(
-            qk_layernorm=architecture.qk_layernorm, normalization="RMSNorm"
+            qk_layernorm=architecture.qk_layernorm, normalization="RMSNorm", **experts
         )
         core = attention.CoreAttention
     spec: Any = copy.deepcopy(spec)
     spec.submodules.self_attention.submodules.core_attention = core
+    if architecture.num_experts and not use_te:
+        # Transformer Engine leaves the norm before a router by itself: keep its own name in
+        # checkpoints, so that they move between both implementations.
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
 
 
@@ -143,8 +180,8 @@ def build_model(
         max_sequence_length=architecture.max_position_embeddings,
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=architecture.rotary_base,  # type: ignore[arg-type]  # a float is as good
     )
+    frequencies = rotary_frequencies(architecture).to(device.torch)
     chunks = []
     for stage in range(layout.vp_size):
         vp_stage = stage if layout.vp_size > 1 else None
@@ -157,6 +194,13 @@ def build_model(
             ),
             vp_stage=vp_stage,
         )
+        # Megatron knows Llama 3's scaling for one original context length only.
+        chunk.rotary_pos_emb.inv_freq = frequencies
+        # The optimizer keeps experts apart where this is False, and Megatron sets it only where
+        # experts are shared out: then its state would not move between other sizes and 1.
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = False  # type: ignore[attr-defined]  # read by its name
         # Norms of the local spec are built in fp32 whatever params_dtype says.
         chunks.append(chunk.to(device=device.torch, dtype=megatron_config.params_dtype))
     return chunks

@@ -19,7 +19,11 @@ from megatron_drpo.device import Device
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands. tp: tensor, pp: pipeline, vp: chunks per stage, dp: data parallel."""
+    """Where this rank stands. tp: tensor, pp: pipeline, vp: chunks per stage, dp: data parallel.
+
+    Expert parallelism (ep) divides data parallelism: `ep_rank` is `dp_rank % ep_size`, and ranks of
+    equal `ep_rank` hold the same experts, so that those with `dp_rank < ep_size` have all of them.
+    """
 
     rank: int
     world_size: int
@@ -30,8 +34,12 @@ class Layout:
     vp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    ep_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
+    """The data-parallel ranks that hold all experts of a layer together."""
     control_group: dist.ProcessGroup
     """All ranks, gloo whatever the device: for objects and decisions."""
     owns_world: bool
@@ -70,9 +78,10 @@ class Layout:
 
     def __str__(self) -> str:
         chunks = f" x {self.vp_size} chunks" if self.vp_size > 1 else ""
+        experts = f", EP {self.ep_size}" if self.ep_size > 1 else ""
         return (
             f"{self.world_size} rank(s): TP {self.tp_size}, PP {self.pp_size}{chunks}, "
-            f"DP {self.dp_size}"
+            f"DP {self.dp_size}{experts}"
         )
 
 
@@ -88,6 +97,7 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vp_size if vp_size > 1 else None,
+        expert_model_parallel_size=config.expert_model_parallel_size,
         distributed_timeout_minutes=minutes,  # type: ignore[arg-type]  # a timedelta's minutes
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -103,8 +113,11 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
         vp_size=vp_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
         tp_group=groups.get_tensor_model_parallel_group(),
         pp_group=groups.get_pipeline_model_parallel_group(),
+        ep_group=groups.get_expert_model_parallel_group(),
         control_group=control,
         owns_world=owns_world,
     )

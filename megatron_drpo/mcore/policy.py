@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +33,13 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_drpo.checkpoint.families import Architecture
-from megatron_drpo.checkpoint.hf import load_hf
 from megatron_drpo.config import Config
 from megatron_drpo.device import Device
 from megatron_drpo.mcore.attention import row_layout
 from megatron_drpo.mcore.model import PolicyModel, build_model, use_transformer_engine
 from megatron_drpo.mcore.optimizer import build_optimizer
 from megatron_drpo.mcore.parallel import Layout
+from megatron_drpo.mcore.weights import load
 from megatron_drpo.metrics import TokenDiagnostics
 from megatron_drpo.objectives import build_objective
 from megatron_drpo.packing import pack
@@ -72,6 +73,8 @@ class Policy:
         """The frozen reference model's chunks; empty where the objective needs none."""
         self.num_updates = 0
         """Optimizer updates that the weights have received: the policy's version."""
+        self.verified = ""
+        """What the weights were compared with when they were loaded, for people."""
         self._thd = use_transformer_engine(config.model)
         self.objective = build_objective(config.objective)
         chunk_mib = config.train.output_chunk_mib
@@ -91,28 +94,32 @@ class Policy:
         architecture: Architecture,
         layout: Layout,
         device: Device,
-        reference: Architecture | None = None,
+        *,
+        weights: Path,
+        reference: tuple[Architecture, Path] | None = None,
     ) -> Policy:
-        """The policy with the weights of `--hf-model`, ready to train.
+        """The policy with the weights that training starts from, ready to train.
 
         Args:
-            reference: architecture of the frozen reference model, if the objective needs one.
+            weights: directory of the checkpoint that holds them.
+            reference: both of these of the frozen reference model, where the objective needs one.
         """
         policy = cls(config, architecture, layout, device)
-        policy._load(config.model.hf_model, architecture, policy.models)
+        # What a resumed run loads here is replaced at once.
+        verify, resumed = config.model.verify_weights, config.output.resume
+        policy.verified = load(
+            weights, architecture, policy.models, layout, verify=verify and not resumed
+        )
         needs = policy.objective.needs
         if needs.reference_logprobs or needs.reference_kl:
-            source = config.objective.reference_model or config.model.hf_model
-            policy.reference = build_model(reference or architecture, config.model, layout, device)
-            policy._load(source, reference or architecture, policy.reference)
+            assert reference is not None, "preflight finds it where it is needed"
+            other, source = reference
+            policy.reference = build_model(other, config.model, layout, device)
+            load(source, other, policy.reference, layout, verify=verify)
             for model in policy.reference:
                 model.eval().requires_grad_(False)
         policy._prepare_training()
         return policy
-
-    def _load(self, source: str, architecture: Architecture, models: list[PolicyModel]) -> None:
-        layout = self.layout
-        load_hf(source, architecture, models, tp_rank=layout.tp_rank, tp_size=layout.tp_size)
 
     def _prepare_training(self) -> None:
         """Gradient buffers and optimizer; master weights are copied from the loaded weights."""
@@ -229,7 +236,9 @@ class Policy:
         if finite:
             clip = self.config.optimizer.clip_grad
             if clip > 0:
-                clip_grad_by_total_norm_fp32([*self.optimizer.get_parameters()], clip, grad_norm)
+                groups = self.optimizer.param_groups
+                params = [param for group in groups for param in group["params"]]
+                clip_grad_by_total_norm_fp32(params, clip, grad_norm)
             self.optimizer.step_with_ready_grads()
             self.num_updates += 1
         self.scheduler.step(increment=1)

@@ -26,28 +26,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_drpo.checkpoint.hf import copy_settings
 from megatron_drpo.checkpoint.resume import (
     LATEST,
     STATE,
     Progress,
-    check_files,
+    damaged_files,
     digests,
     read_state,
 )
 from megatron_drpo.config import Config
 from megatron_drpo.errors import CheckpointError
-from megatron_drpo.mcore.parallel import Layout
 from megatron_drpo.mcore.policy import Policy
+from megatron_drpo.mcore.weights import raise_everywhere
 from megatron_drpo.metrics import write_atomically
 
 
 def save_checkpoint(
-    directory: Path, policy: Policy, progress: Progress, config: Config, *, keep: int
+    directory: Path,
+    policy: Policy,
+    progress: Progress,
+    config: Config,
+    settings: Path,
+    *,
+    keep: int,
 ) -> Path:
     """Write a checkpoint of step `progress.step`; collective over all ranks.
 
     Args:
         directory: receives `step-NNNNNN` and the file `latest`.
+        settings: where config.json and the tokenizer are copied from, so that a checkpoint can be
+            converted and loaded by itself.
         keep: newest checkpoints that stay, 0 keeps all.
     """
     layout = policy.layout
@@ -62,15 +71,17 @@ def save_checkpoint(
             _make_optimizer_state(policy)
         dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(staging))
         save_file(_random_states(), staging / f"random-{layout.rank:05d}.safetensors")
+        if layout.rank == 0:
+            copy_settings(settings, staging, policy.models[0].config.params_dtype)
     layout.barrier()
-    files = _all_digests(staging, layout)
+    shares = layout.gather_objects(digests(staging, layout.rank, layout.world_size))
     if layout.rank == 0:
         state = {
             "progress": vars(progress),
             "scheduler": policy.scheduler.state_dict(),
             "world_size": layout.world_size,
             "megatron_core": megatron.core.__version__,
-            "files": files,
+            "files": {name: sha256 for share in shares for name, sha256 in share.items()},
             "config": config.flat(),
         }
         (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -92,8 +103,12 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path, policy: Policy) -> Progress:
     """Put a checkpoint's state into `policy`; any layout can read any other's. Collective."""
-    state = read_state(path)
-    check_files(path, state, _all_digests(path, policy.layout))
+    state, layout = read_state(path), policy.layout
+    raise_everywhere(
+        layout,
+        lambda: damaged_files(path, state, layout.rank, layout.world_size),
+        f"write the name of another checkpoint into {path.parent / LATEST}",
+    )
     unreadable = (
         f"{path}: was saved by megatron-core {state['megatron_core']} and cannot be loaded by "
         f"{megatron.core.__version__}; use no older megatron-core than that, or start again in "
@@ -117,12 +132,6 @@ def load_checkpoint(path: Path, policy: Policy) -> Progress:
     return progress
 
 
-def _all_digests(path: Path, layout: Layout) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint, the work shared out over the ranks."""
-    parts = layout.gather_objects(digests(path, layout.rank, layout.world_size))
-    return {name: digest for part in parts for name, digest in part.items()}
-
-
 @contextmanager
 def _reported(message: str) -> Iterator[None]:
     """Whatever is raised inside, torch's and Megatron's own or the disk's, as a CheckpointError."""
@@ -142,9 +151,13 @@ def _make_optimizer_state(policy: Policy) -> None:
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
-    # Megatron fills defaults into the metadata it is given: a fresh one for each call.
-    def metadata() -> dict[str, str]:
-        return {"distrib_optim_sharding_type": "fully_reshardable"}
+    # Megatron fills defaults into the metadata it is given: a fresh one for each call. The experts'
+    # optimizer is told from the others' by their names, as in Megatron-LM: no prefix for each.
+    def metadata() -> dict[str, Any]:
+        return {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,
+        }
 
     state: dict[str, Any] = {
         f"model{number}": model.sharded_state_dict(metadata=metadata())
@@ -152,9 +165,8 @@ def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
     }
     # Megatron wants the parameters of a single chunk without the level of chunks.
     models = state["model0"] if len(policy.models) == 1 else dict(state)
-    kwargs = {"metadata": metadata()} if policy.config.optimizer.use_distributed_optimizer else {}
     state["optimizer"] = policy.optimizer.sharded_state_dict(
-        models, is_loading=is_loading, **kwargs
+        models, is_loading=is_loading, metadata=metadata()
     )
     return state
 

@@ -7,6 +7,10 @@ so take the same decisions; between stages travel hidden states, and from the la
 per response and token, and as many per recorded likeliest id. `no_grad` and not `inference_mode`:
 Megatron keeps rotary tables between calls, and training could not use tables made under inference
 mode.
+
+Where experts are shared out (EP), every forward pass exchanges tokens between the replicas of an
+expert-parallel group. They then step together: a replica that has finished keeps passing idle rows
+through the model until all have.
 """
 
 from __future__ import annotations
@@ -45,38 +49,38 @@ class InProcessEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """See `RolloutEngine.generate`; collective over the replica's model-parallel ranks."""
-        if not requests:
-            return []
+        """See `RolloutEngine.generate`; collective over model- and expert-parallel ranks."""
         for model in self._policy.models:
             model.eval()
         batch = _Batch(requests, sampling, self._max_slots, self._policy.device.torch)
-        while batch.pending or batch.num_active:
+        while self._any_busy(batch):
             admitted = batch.admit()
-            if admitted is not None:
-                tokens, positions, layout, rows = admitted
-                first = batch.num_active - rows.numel()
-                batch.advance(first, self._step(tokens, positions, layout, rows, batch, first))
-            if batch.num_active:
-                tokens, positions, layout, rows = batch.decode()
-                batch.advance(0, self._step(tokens, positions, layout, rows, batch, 0))
+            tokens, positions, layout, rows = admitted or batch.decode()
+            first = batch.num_active - rows.numel() if admitted else 0
+            logits = self._forward(tokens, positions, layout, rows)
+            if rows.numel():
+                batch.advance(first, self._draw(logits, rows.numel(), batch, first))
         return batch.completions()
 
-    def _step(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        layout: RowLayout | DecodeLayout,
-        rows: Tensor,
-        batch: _Batch,
-        first: int,
-    ) -> _Drawn:
-        """What the responses in slots `first` and on draw next; the same on every rank."""
-        logits = self._forward(tokens, positions, layout, rows)
+    def _any_busy(self, batch: _Batch) -> bool:
+        """Whether a replica of the expert-parallel group, or this one alone, has work left."""
+        busy = bool(batch.pending or batch.num_active)
+        if self._layout.ep_size == 1:
+            return busy
+        flag = torch.tensor(int(busy), device=batch.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._layout.ep_group)
+        return bool(flag)
+
+    def _draw(self, logits: Tensor | None, count: int, batch: _Batch, first: int) -> _Drawn:
+        """What the `count` responses from slot `first` on draw next; the same on every rank.
+
+        Args:
+            logits: [count, V/tp] on the last stage, None elsewhere.
+        """
         sampling = batch.sampling
-        count, topk = rows.numel(), sampling.record_topk
+        topk = sampling.record_topk
         # Ids up to 2^53 and fp32 log-probs are exact in fp64, so one message carries it all.
-        message = torch.empty((count, 2 + 2 * topk), dtype=torch.float64, device=tokens.device)
+        message = torch.empty((count, 2 + 2 * topk), dtype=torch.float64, device=batch.device)
         if logits is not None:
             where: dict[str, Any] = {
                 "vocab_size": self._policy.architecture.vocab_size,
@@ -164,7 +168,7 @@ class _Batch:
         self.num_active = 0
         self.num_slots = min(max_slots, len(requests))
         length = sampling.max_response_length
-        longest = max(request.prompt_ids.numel() for request in requests)
+        longest = max((request.prompt_ids.numel() for request in requests), default=0)
         # MIN_ROWS slots at least: decoding never runs on fewer rows (`decode`).
         slots = max(self.num_slots, MIN_ROWS)
         self.cache = KVCache(slots, round_up(longest + length, KEY_BLOCK))
@@ -227,7 +231,10 @@ class _Batch:
         return tokens.to(self.device), layout.positions, layout, rows
 
     def decode(self) -> tuple[Tensor, Tensor, DecodeLayout, Tensor]:
-        """The last token of every active response; idle slots fill up to MIN_ROWS rows."""
+        """The last token of every active response; idle slots fill up to MIN_ROWS rows.
+
+        With no response active they are all there is, and the pass leaves nothing behind.
+        """
         count = max(self.num_active, MIN_ROWS)
         positions = self.prompt_length[:count] + self.length[:count] - 1
         positions = positions.clamp(min=0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "Entry",
     "Family",
     "RopeScaling",
+    "differences",
     "family_of",
     "padded_vocab_size",
     "read_architecture",
@@ -122,6 +124,18 @@ _ROPE_PARAMETERS: dict[Any, dict[str, tuple[Callable[[Any], bool], str]]] = {
 def family_of(architecture: Architecture) -> Family:
     """The family that an architecture names."""
     return next(family for family in FAMILIES if family.name == architecture.family)
+
+
+def differences(one: Architecture, other: Architecture) -> list[str]:
+    """What two architectures compute differently, the dtype in which they are stored apart.
+
+    Example: ["rotary_base 10000.0 against 5000.0"]
+    """
+    return [
+        f"{field.name} {getattr(one, field.name)} against {getattr(other, field.name)}"
+        for field in fields(Architecture)
+        if field.name != "hf_dtype" and getattr(one, field.name) != getattr(other, field.name)
+    ]
 
 
 def read_architecture(directory: str | Path) -> Architecture:

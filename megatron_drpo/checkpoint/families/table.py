@@ -137,12 +137,20 @@ class Transform(Protocol):
         ...
 
     def to_hf(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors from the parameter's shards, in the order of the ranks."""
+        """The Hugging Face tensors from the parameter's shards, in the order of the ranks.
+
+        Like `to_megatron`, it copies only what it has to: they may be views of what was given.
+        """
         ...
 
 
 def _share(total: int, rank: int, size: int) -> slice:
     return slice(total * rank // size, total * (rank + 1) // size)
+
+
+def _join(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The shards in order; a single one is not copied."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
 
 
 def _bounds(total: int, size: int) -> list[int]:
@@ -191,7 +199,7 @@ class Copy:
         return hf[0][tuple(index)]
 
     def to_hf(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        return (shards[0] if self.split is None else torch.cat(list(shards), dim=self.split),)
+        return (shards[0] if self.split is None else _join(shards, self.split),)
 
 
 @dataclass(frozen=True)
@@ -238,7 +246,7 @@ class QueryKeyValue:
 
     def to_hf(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         shapes = self.hf_shapes(arch)
-        groups = torch.cat(list(shards)).unflatten(0, (arch.num_query_groups, -1))
+        groups = _join(shards).unflatten(0, (arch.num_query_groups, -1))
         parts = groups.split([size // arch.num_query_groups for size, *_ in shapes], dim=1)
         return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
@@ -273,7 +281,7 @@ class GatedMLP:
 
     def to_hf(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
-        return tuple(torch.cat(list(rows)) for rows in zip(*halves, strict=True))
+        return tuple(_join(rows) for rows in zip(*halves, strict=True))
 
 
 @dataclass(frozen=True)
@@ -310,10 +318,13 @@ class Vocab:
         stop = min(start + rows, arch.vocab_size)
         if start == stop:  # nothing but padding; safetensors refuses empty slices
             return torch.zeros(rows, arch.hidden_size)
-        return torch.nn.functional.pad(hf[0][start:stop], (0, 0, 0, rows - (stop - start)))
+        part = hf[0][start:stop]
+        if stop - start == rows:
+            return part
+        return torch.nn.functional.pad(part, (0, 0, 0, rows - (stop - start)))
 
     def to_hf(self, shards: Sequence[Tensor], arch: Architecture) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards))[: arch.vocab_size],)
+        return (_join(shards)[: arch.vocab_size],)
 
 
 @dataclass(frozen=True)
