@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from pathlib import Path
 
 from megatron_drpo.arguments import parse
 from megatron_drpo.config import Config, ModelConfig, flag
+from tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,10 +35,20 @@ def test_the_tree_is_the_disks() -> None:
 
 def test_the_flags_exist() -> None:
     flags = {flag(name) for name in Config(ModelConfig("m"), data=_data()).flat()}
-    flags |= {"--dry-run", "--help", "--config"}
+    flags |= {"--dry-run", "--help", "--config"} | _options(convert_checkpoint.build_parser())
     elsewhere = {"--nproc-per-node", "--logdir"}  # torchrun's and TensorBoard's
     mentioned = set(re.findall(r"--[a-z][a-z0-9-]+", README)) - elsewhere
     assert mentioned and mentioned <= flags
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """The flags of a parser and of its commands."""
+    found = set()
+    for action in parser._actions:
+        found |= {option for option in action.option_strings if option.startswith("--")}
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {option for each in action.choices.values() for option in _options(each)}
+    return found
 
 
 def _data():

@@ -37,14 +37,15 @@ _UNITS = {"": 1, "B": 1} | {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert or inspect; the exit status."""
-    parser = _parser()
+    parser = build_parser()
     arguments = parser.parse_args(argv)
     if (arguments.command is None) == (arguments.inspect is None):
         parser.error("give one of hf-to-megatron, megatron-to-hf or --inspect DIR")
     return exit_status(lambda: _run(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     parser = argparse.ArgumentParser(
         description="Convert checkpoints between Hugging Face and Megatron, and prove the result."
     )
