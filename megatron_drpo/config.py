@@ -121,8 +121,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Generation of training responses with the training weights."""
+    """How training responses come about: generated, by which engine, and under which law."""
 
+    rollout_engine: Literal["inprocess", "vllm", "sglang"] = "inprocess"
+    """inprocess: the training process, with the training weights; vllm, sglang: HTTP servers
+    (--rollout-servers)."""
+    rollout_servers: tuple[str, ...] = ()
+    """Addresses of the servers, such as http://10.0.0.7:8000; work is balanced over them."""
+    rollout_server_timeout_seconds: float = 300.0
+    """Time that a server may take for one request."""
+    rollout_server_retries: int = 2
+    """How often a request is sent again, to another server where there is one, after a connection
+    failed or a server answered 429 or 5xx."""
     rollout_prompts_per_step: int = 64
     """Prompts per rollout batch, over all data-parallel ranks."""
     rollout_samples_per_prompt: int = 8
@@ -141,15 +151,41 @@ class RolloutConfig:
     truncate sampling, which is --rollout-top-k."""
     rollout_stop_ids: tuple[int, ...] = ()
     """Token ids that end a response, besides those of the model's generation_config.json."""
+    rollout_stop_strings: tuple[str, ...] = ()
+    """Texts that end a response, which holds the token that completes one."""
     rollout_max_slots: int = 256
-    """Responses generated at the same time by a data-parallel rank; bounds the KV cache."""
+    """Responses generated at the same time by a data-parallel rank."""
+    rollout_kv_cache_gib: float | None = None
+    """Memory of a rank's KV cache: fewer responses are generated at the same time where
+    --rollout-max-slots would take more; by default that is the only limit."""
+    rollout_exact: Literal["auto", "on", "off"] = "auto"
+    """Generate with the attention and the GEMM shapes of training, so that behaviour log-probs
+    equal training's bit for bit; a probe at start proves it. on: refuse to run where it fails; auto:
+    on for CPUs, and for GPUs with Megatron's batch-invariant kernels; off: faster attention."""
+    rollout_lag: int = 0
+    """Steps that generation runs ahead of training, with servers: the staleness of every token is
+    at most so many steps; 0 waits."""
+    rollout_extra_prompts: int = 0
+    """With --dynamic-sampling, prompts generated beyond --rollout-prompts-per-step, so that fewer
+    rounds are needed."""
+    dynamic_sampling: bool = False
+    """Replace groups whose rewards are all equal, which teach nothing, by other prompts' (DAPO)."""
+    dynamic_sampling_rounds: int = 3
+    """Times that replacements are generated for one step; groups still missing then remain as they
+    are."""
+    environment: str | None = None
+    """MODULE:FACTORY of an environment: responses become conversations of several turns."""
+    environment_max_turns: int = 8
+    """Turns of the policy in one conversation."""
     rollouts_file: str | None = None
     """Train on this file of rollouts (JSONL, as --save-rollouts writes) and generate nothing."""
     save_rollouts: bool = False
     """Write each step's rollouts to OUTPUT_DIR/rollouts/step-N.jsonl."""
-    max_engine_gap: float = 0.2
-    """Stop if fresh behaviour log-probs differ from the trainer's by more than this on average
-    (nats per token): then the two do not describe the same policy."""
+    max_engine_gap: float | None = None
+    """Stop if behaviour log-probs of the current weights differ from the trainer's by more than
+    this on average (nats per token): then the two do not describe the same policy. By default 0
+    where --rollout-exact is proven; else 0.001 in fp32 and 0.1 in bf16 in process, and 0.2 for
+    servers."""
 
     def __post_init__(self) -> None:
         _check(
@@ -162,7 +198,15 @@ class RolloutConfig:
             rollout_top_k=(self.rollout_top_k >= 0, "0 (off) or more"),
             rollout_topk=(self.rollout_topk >= 0, "0 (off) or more"),
             rollout_max_slots=(self.rollout_max_slots >= 1, "at least 1"),
-            max_engine_gap=(self.max_engine_gap > 0, "above 0"),
+            rollout_kv_cache_gib=(_positive(self.rollout_kv_cache_gib), "above 0 and finite"),
+            rollout_server_timeout_seconds=(self.rollout_server_timeout_seconds > 0, "above 0"),
+            rollout_server_retries=(self.rollout_server_retries >= 0, "0 or more"),
+            rollout_stop_strings=(all(self.rollout_stop_strings), "texts that are not empty"),
+            rollout_lag=(self.rollout_lag >= 0, "0 or more"),
+            rollout_extra_prompts=(self.rollout_extra_prompts >= 0, "0 or more"),
+            dynamic_sampling_rounds=(self.dynamic_sampling_rounds >= 1, "at least 1"),
+            environment_max_turns=(self.environment_max_turns >= 1, "at least 1"),
+            max_engine_gap=(self.max_engine_gap is None or self.max_engine_gap >= 0, "0 or more"),
         )
 
 
@@ -171,12 +215,52 @@ class RewardConfig:
     """What a response is worth."""
 
     reward: str = "math"
-    """exact (the text equals the answer), math (math-verify), or your own MODULE:FUNCTION."""
+    """exact (the text equals the answer), math (math-verify), your own MODULE:FUNCTION, or the
+    http:// or https:// address of a reward service."""
+    reward_workers: int = 2
+    """Processes of each data-parallel replica that compute rewards, or requests that a service is
+    sent at the same time."""
     reward_timeout_seconds: float = 60.0
-    """Time that the rewards of one batch may take per response before the run stops."""
+    """Time that the reward of one response may take; longer is a failure."""
+    reward_memory_gib: float = 4.0
+    """Memory that a reward process may take; more is a failure."""
+    reward_max_failures: float = 0.1
+    """Share of a batch's responses whose reward may fail, by an exception, a time-out or no finite
+    number. A failure costs its sample: advantage 0, not in its group's mean; more stop the run."""
 
     def __post_init__(self) -> None:
-        _check(self, reward_timeout_seconds=(self.reward_timeout_seconds > 0, "above 0"))
+        _check(
+            self,
+            reward_workers=(self.reward_workers >= 1, "at least 1"),
+            reward_timeout_seconds=(self.reward_timeout_seconds > 0, "above 0"),
+            reward_memory_gib=(_positive(self.reward_memory_gib), "above 0 and finite"),
+            reward_max_failures=(0 <= self.reward_max_failures <= 1, "between 0 and 1"),
+        )
+
+
+@dataclass(frozen=True)
+class WeightSyncConfig:
+    """How new weights reach the servers of --rollout-engine vllm and sglang."""
+
+    weight_sync: Literal["none", "disk", "collective"] = "none"
+    """none: the engine reads the training weights themselves, or they never change; disk: a Hugging
+    Face directory on storage that trainer and servers see; collective: broadcast over a process
+    group that trainer and servers share (NCCL on GPUs, else gloo)."""
+    weight_sync_dir: str | None = None
+    """Where --weight-sync disk writes; by default OUTPUT_DIR/weight_sync."""
+    weight_sync_address: str = "127.0.0.1"
+    """Address of rank 0's machine as the servers see it, for --weight-sync collective."""
+    weight_sync_port: int = 0
+    """Port there; 0 takes a free one."""
+    weight_sync_timeout_seconds: float = 300.0
+    """Time that one synchronization may take."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            weight_sync_port=(0 <= self.weight_sync_port < 1 << 16, "between 0 and 65535"),
+            weight_sync_timeout_seconds=(self.weight_sync_timeout_seconds > 0, "above 0"),
+        )
 
 
 @dataclass(frozen=True)
@@ -567,6 +651,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

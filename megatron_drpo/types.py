@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:  # reward workers import this module, and need no torch
+    from torch import Tensor
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
+"""`stop`: a stop id or a stop string ended the response; `length`: its limit did; `abort`: it was
+broken off, and can be continued."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,20 @@ class Prompt:
 
 
 @dataclass(frozen=True, eq=False)
+class KeptIds:
+    """The ids that top-k and top-p left each of R tokens to be drawn from, laid end to end.
+
+    Example: KeptIds(ids=tensor([8, 3, 6]), counts=tensor([2, 1])): the first token was 8 or 3, the
+    second could only be 6.
+    """
+
+    ids: Tensor
+    """int32 [sum of counts], those of one token next to each other, the likeliest first."""
+    counts: Tensor
+    """int64 [R]; 0 where nothing was cut: the law covers the whole vocabulary."""
+
+
+@dataclass(frozen=True, eq=False)
 class Rollout:
     """One sampled response, with the log-probs of the law it was really drawn from.
 
@@ -57,18 +74,28 @@ class Rollout:
     behaviour_logprobs: Tensor
     """fp32 [R], log mu of each response token after temperature, top-k and top-p; <= 0."""
     finish_reason: FinishReason
-    """`stop`: a stop id was drawn (the last of `response_ids`); `length`: the limit was reached."""
     policy_version: int
-    """Number of optimizer updates the generating weights had received."""
+    """Number of optimizer updates that the weights which drew the first token had received; no
+    later token is older."""
     response_text: str
     """The response decoded without special tokens."""
     topk_ids: Tensor | None = None
     """int64 [R, K]: at each token, the ids that mu found likeliest (`--rollout-topk`)."""
     topk_logprobs: Tensor | None = None
     """fp32 [R, K], their log-probs under mu."""
+    kept_ids: KeptIds | None = None
+    """Of R tokens, where sampling was truncated; training renormalises over the same ids."""
+    version_spans: tuple[tuple[int, int], ...] = ()
+    """(tokens, policy version), in order, where the weights changed on the way; () if they did
+    not."""
     loss_mask: Tensor | None = None
     """bool [R]; False where the policy did not write the token (a tool's answer, say): it is seen
     but not trained on, and whatever `behaviour_logprobs` holds there is not looked at."""
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """`version_spans` of any rollout: (tokens, policy version), all tokens covered."""
+        return self.version_spans or ((self.response_ids.numel(), self.policy_version),)
 
     @property
     def num_loss_tokens(self) -> int:
@@ -86,6 +113,7 @@ class Trajectory:
 
     rollout: Rollout
     reward: float
+    """NaN where the reward failed on this sample, which then has advantage 0."""
     advantage: float
     """Constant over the response's tokens."""
 
@@ -105,6 +133,7 @@ class Row:
         loss_index         [1, 2, 4]        # the position whose output predicts ...
         targets            [8, 2, 2]        # ... this token
         sequence           [0, 0, 1]
+        policy_versions    [4, 4, 4]
         num_items          3 for token-mean, 2 for the seq-mean aggregations
     """
 
@@ -129,12 +158,16 @@ class Row:
     """int64 [T], the sequence of each loss token, 0 to N - 1."""
     num_items: int
     """This row's share of the global denominator."""
+    policy_versions: Tensor
+    """int64 [T], of the weights that drew each token."""
     names: tuple[str, ...]
     """[N]: what an error calls each sequence."""
     topk_ids: Tensor | None = None
     """int64 [T, K], if the rollouts carry them."""
     behaviour_topk_logprobs: Tensor | None = None
     """fp32 [T, K]."""
+    kept_ids: KeptIds | None = None
+    """Of T tokens, if the rollouts carry them: the policy's law is renormalised over these."""
 
     # What scoring adds on the last stage, before the first update of the batch.
     old_logprobs: Tensor | None = None

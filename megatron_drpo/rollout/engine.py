@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_drpo.types import FinishReason
+from megatron_drpo.types import FinishReason, KeptIds
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,32 @@ class Sampling:
     seed: int
     """With a request's `stream`, decides every draw: neither batching nor layout does."""
     record_topk: int = 0
-    """Likeliest ids recorded at each token, before truncation; 0 is off."""
+    """Likeliest ids recorded at each token; 0 is off. Not together with truncation."""
+    stop_strings: tuple[str, ...] = ()
+    """A response ends with the token that completes one of these in its text."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether top-p or top-k cut the law that is drawn from."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One response wanted. Example: Request(prompt_ids=tensor([5, 6, 14]), stream=17)."""
+    """One response wanted. Example: Request(prompt_ids=tensor([5, 6, 14]), stream=17).
+
+    Requests next to each other whose prompts are equal, a group's samples, share the work on it.
+    """
 
     prompt_ids: Tensor
     """int64 [P]."""
     stream: int
     """Number of this response's own sequence of random numbers."""
+    first_position: int = 0
+    """Where in that sequence to begin: so many tokens of the response are in `prompt_ids` already
+    (a later turn, or a response that is continued)."""
+    max_response_length: int | None = None
+    """Limit of this response, if it is not `Sampling.max_response_length`; at least 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +63,7 @@ class Completion:
     """Example: Completion(tensor([8, 2]), tensor([-0.2, -0.01]), finish_reason="stop")."""
 
     response_ids: Tensor
-    """int64 [R] on the CPU, the stop id included; R >= 1."""
+    """int64 [R] on the CPU, the stop id included; R >= 1, but that an aborted one may be empty."""
     logprobs: Tensor
     """fp32 [R] on the CPU, under the distribution that was drawn from."""
     finish_reason: FinishReason
@@ -56,6 +71,10 @@ class Completion:
     """int64 [R, K] on the CPU, with `record_topk`."""
     topk_logprobs: Tensor | None = None
     """fp32 [R, K] on the CPU."""
+    kept_ids: KeptIds | None = None
+    """Of R tokens, on the CPU, where `Sampling.truncated`."""
+    version_spans: tuple[tuple[int, int], ...] = ()
+    """As in `Rollout`: (tokens, policy version) where the weights changed on the way."""
 
 
 class RolloutEngine(Protocol):
