@@ -206,10 +206,19 @@ def _row(
         weights=weights[sequence],
         sequence=sequence,
         num_items=num_items,
+        policy_versions=torch.cat([torch.empty(0, dtype=torch.int64), *map(_versions, rollouts)])[
+            kept
+        ],
         names=tuple(f"sample {r.sample} of prompt {r.prompt.id}" for r in rollouts),
         topk_ids=_join("topk_ids", rollouts, kept, like),
         behaviour_topk_logprobs=_join("topk_logprobs", rollouts, kept, like),
     )
+
+
+def _versions(rollout: Rollout) -> Tensor:
+    """int64 [R]: the policy version of each token."""
+    counts, versions = zip(*rollout.spans, strict=True)
+    return torch.tensor(versions).repeat_interleave(torch.tensor(counts))
 
 
 def _join(name: str, rollouts: Sequence[Rollout], kept: Tensor, like: Rollout) -> Any:
