@@ -55,15 +55,59 @@ _UNUSED = (
     (
         "rollouts_file",
         lambda config: config.rollout.rollouts_file is not None,
-        ("shuffle_prompts", "max_engine_gap", "rollout_topk"),
+        ("shuffle_prompts", "max_engine_gap", "rollout_topk")
+        + ("rollout_lag", "dynamic_sampling", "environment"),
         "is not used with --rollouts-file, which is taken as it is and in its own order; drop it",
     ),
     (
         "rollouts_file",
         lambda config: config.rollout.rollouts_file and not config.data.eval_prompts,
-        ("apply_chat_template", "rollout_stop_ids", "rollout_max_slots"),
+        ("apply_chat_template", "rollout_stop_ids", "rollout_stop_strings", "rollout_engine")
+        + ("rollout_servers", "rollout_max_slots", "rollout_kv_cache_gib", "rollout_exact"),
         "is not used with --rollouts-file and without --eval-prompts, as nothing is generated; "
         "drop it",
+    ),
+    (
+        "dynamic_sampling",
+        lambda config: not config.rollout.dynamic_sampling,
+        ("dynamic_sampling_rounds", "rollout_extra_prompts"),
+        "is read with --dynamic-sampling only; drop it",
+    ),
+    (
+        "environment",
+        lambda config: config.rollout.environment is None,
+        ("environment_max_turns",),
+        "is read with --environment only; drop it",
+    ),
+    (
+        "rollout_engine",
+        lambda config: config.rollout.uses_servers,
+        ("rollout_max_slots", "rollout_kv_cache_gib", "rollout_exact"),
+        "is the server's own affair with --rollout-engine vllm and sglang; drop it",
+    ),
+    (
+        "rollout_engine",
+        lambda config: not config.rollout.uses_servers,
+        ("rollout_server_timeout_seconds", "rollout_server_retries"),
+        "is read with --rollout-engine vllm and sglang only; drop it",
+    ),
+    (
+        "weight_sync",
+        lambda config: config.weight_sync.weight_sync != "disk",
+        ("weight_sync_dir",),
+        "is read with --weight-sync disk only; drop it",
+    ),
+    (
+        "weight_sync",
+        lambda config: config.weight_sync.weight_sync != "collective",
+        ("weight_sync_address", "weight_sync_port"),
+        "is read with --weight-sync collective only; drop it",
+    ),
+    (
+        "weight_sync",
+        lambda config: config.weight_sync.weight_sync == "none",
+        ("weight_sync_timeout_seconds",),
+        "is read with --weight-sync disk and collective only; drop it",
     ),
 )
 """(flag that decides, when it does, flags that then do nothing, what to say about each)."""

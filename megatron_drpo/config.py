@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -160,8 +161,9 @@ class RolloutConfig:
     --rollout-max-slots would take more; by default that is the only limit."""
     rollout_exact: Literal["auto", "on", "off"] = "auto"
     """Generate with the attention and the GEMM shapes of training, so that behaviour log-probs
-    equal training's bit for bit; a probe at start proves it. on: refuse to run where it fails; auto:
-    on for CPUs, and for GPUs with Megatron's batch-invariant kernels; off: faster attention."""
+    equal training's bit for bit; a probe at start proves it. on: refuse to run where it fails;
+    auto: on for CPUs, and for GPUs with Megatron's batch-invariant kernels; off: faster
+    attention."""
     rollout_lag: int = 0
     """Steps that generation runs ahead of training, with servers: the staleness of every token is
     at most so many steps; 0 waits."""
@@ -208,6 +210,16 @@ class RolloutConfig:
             environment_max_turns=(self.environment_max_turns >= 1, "at least 1"),
             max_engine_gap=(self.max_engine_gap is None or self.max_engine_gap >= 0, "0 or more"),
         )
+
+    @property
+    def uses_servers(self) -> bool:
+        """Whether responses come from servers rather than from the training process."""
+        return self.rollout_engine != "inprocess"
+
+    @property
+    def truncated(self) -> bool:
+        """Whether training responses are drawn from a truncated law."""
+        return self.rollout_top_p < 1 or self.rollout_top_k > 0
 
 
 @dataclass(frozen=True)
@@ -674,18 +686,69 @@ class Config:
                 f"--rollout-prompts-per-step {rollout.rollout_prompts_per_step}: must be a "
                 f"multiple of --updates-per-rollout {updates}"
             )
-        if rollout.rollout_top_p < 1 or rollout.rollout_top_k:
+        if rollout.truncated and rollout.rollout_topk:
             problems.append(
-                f"--rollout-top-p {rollout.rollout_top_p} --rollout-top-k {rollout.rollout_top_k}: "
-                "training on a truncated distribution needs the kept ids of every token, which "
-                "rollouts do not carry; use 1 and 0 (evaluation may truncate: --eval-top-p)"
+                f"--rollout-topk {rollout.rollout_topk}: cannot be recorded under a truncated law "
+                f"(--rollout-top-p {rollout.rollout_top_p} --rollout-top-k "
+                f"{rollout.rollout_top_k}), which gives some of these ids no probability; use 1 "
+                "and 0, or drop it"
             )
+        problems += self._engine_problems()
         if rollout.rollout_samples_per_prompt == 1:
             problems.append(
                 "--rollout-samples-per-prompt 1: the advantage within a group of one is always 0; "
                 "use at least 2"
             )
         _raise_if_any(problems)
+
+    def _engine_problems(self) -> list[str]:
+        """Settings of generation that exclude or demand each other."""
+        rollout, sync = self.rollout, self.weight_sync.weight_sync
+        engine, problems = rollout.rollout_engine, []
+        if not rollout.uses_servers:
+            if rollout.rollout_servers:
+                problems.append(
+                    f"--rollout-servers {' '.join(rollout.rollout_servers)}: are not used by "
+                    "--rollout-engine inprocess; use vllm or sglang, or drop them"
+                )
+            if sync != "none":
+                problems.append(
+                    f"--weight-sync {sync}: --rollout-engine inprocess reads the training weights "
+                    "themselves; drop it"
+                )
+            if rollout.rollout_lag:
+                problems.append(
+                    f"--rollout-lag {rollout.rollout_lag}: --rollout-engine inprocess generates "
+                    "between the updates; use servers (vllm, sglang), or drop it"
+                )
+            return problems
+        if not rollout.rollout_servers:
+            problems.append(
+                f"--rollout-servers: --rollout-engine {engine} needs the addresses of its servers, "
+                "such as http://10.0.0.7:8000"
+            )
+        for address in rollout.rollout_servers:
+            if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", address):
+                problems.append(
+                    f"--rollout-servers {address}: must be http://HOST:PORT or https://HOST:PORT"
+                )
+        if sync == "none" and not rollout.rollouts_file:
+            problems.append(
+                f"--weight-sync none: --rollout-engine {engine} would go on with the weights it "
+                "started with; use disk or collective"
+            )
+        if rollout.truncated:
+            problems.append(
+                f"--rollout-top-p {rollout.rollout_top_p} --rollout-top-k {rollout.rollout_top_k}: "
+                "training on a truncated distribution needs the kept ids of every token, which "
+                f"--rollout-engine {engine} does not return; use 1 and 0, or inprocess"
+            )
+        if rollout.environment and rollout.rollout_lag:
+            problems.append(
+                f"--rollout-lag {rollout.rollout_lag}: an --environment runs in step with "
+                "training; use 0"
+            )
+        return problems
 
     @property
     def loss_token_horizon(self) -> int:

@@ -191,6 +191,10 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
+_REPLACEMENTS = 1 << 32
+"""Stands where an epoch's number would: a sequence of random numbers of their own."""
+
+
 class PromptSampler:
     """Which prompts each step takes: a function of the step's number, so a resume needs no state.
 
@@ -225,6 +229,18 @@ class PromptSampler:
         if missing:
             picked = np.concatenate([picked, self._order(epoch + 1)[:missing]])
         return picked.tolist()
+
+    def replacements(self, step: int, count: int, taken: Iterable[int]) -> list[int]:
+        """Up to `count` further prompts for a step, in an order given by (seed, step).
+
+        Args:
+            taken: prompts that the step has used already; there are fewer than `count` only where
+                none are left besides these.
+        """
+        bits = np.random.Philox(np.random.SeedSequence([self._seed, _REPLACEMENTS, step]))
+        order = np.random.Generator(bits).permutation(self._num_prompts)
+        left = order[~np.isin(order, list(taken))]
+        return left[:count].tolist()
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if not self._shuffle:

@@ -5,6 +5,8 @@ Out: `Layout`, the frozen record that everybody above asks for ranks, sizes and 
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -40,6 +42,8 @@ class Layout:
     pp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     """The data-parallel ranks that hold all experts of a layer together."""
+    replica_group: dist.ProcessGroup
+    """The tensor- and pipeline-parallel ranks of this replica, gloo whatever the device."""
     control_group: dist.ProcessGroup
     """All ranks, gloo whatever the device: for objects and decisions."""
     owns_world: bool
@@ -73,6 +77,20 @@ class Layout:
         dist.gather_object(value, received, group=self.control_group)
         return [entry for entry in received or () if entry is not None]
 
+    def share(self, value: Any) -> Any:
+        """The `value` of the replica's source, on all of its ranks."""
+        values = [value]
+        dist.broadcast_object_list(values, group=self.replica_group, group_src=0)
+        return values[0]
+
+    def wait_until(self, done: Callable[[], bool], seconds: float = 0.2) -> None:
+        """Return once `done()` holds on every rank, however long that takes.
+
+        Ranks that only wait keep talking, so that no collective comes near its time limit.
+        """
+        while not self.all_agree(done()):
+            time.sleep(seconds)
+
     def barrier(self) -> None:
         dist.barrier(group=self.control_group)
 
@@ -102,6 +120,7 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     control: Any = dist.new_group(backend="gloo", timeout=timeout)
+    replica: Any = _replica_group(control, timeout)
     groups: Any = parallel_state  # Megatron's annotations allow for ranks outside a group
     return Layout(
         rank=dist.get_rank(),
@@ -118,9 +137,29 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
         tp_group=groups.get_tensor_model_parallel_group(),
         pp_group=groups.get_pipeline_model_parallel_group(),
         ep_group=groups.get_expert_model_parallel_group(),
+        replica_group=replica,
         control_group=control,
         owns_world=owns_world,
     )
+
+
+def _replica_group(control: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
+    """The ranks that share this one's `dp_rank`, the replica's source first."""
+    members: list[Any] = [None] * dist.get_world_size()
+    place = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    dist.all_gather_object(members, place, group=control)
+    replicas: dict[int, list[int]] = {}
+    for rank in sorted(range(len(members)), key=lambda rank: members[rank]):
+        replicas.setdefault(members[rank][0], []).append(rank)
+    group, _ = dist.new_subgroups_by_enumeration(
+        list(replicas.values()), timeout=timeout, backend="gloo"
+    )
+    assert group is not None, "every rank belongs to a replica"
+    return group
 
 
 def destroy(layout: Layout) -> None:
