@@ -287,3 +287,17 @@ def test_stop_ids_outside_the_vocabulary_or_absent_are_refused(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(DataError, match=r"generation_config.json: malformed"):
         stop_ids(tmp_path, tokenizer, ())
+
+
+def test_replacements_depend_on_seed_and_step_only_and_never_repeat():
+    sampler = PromptSampler(10, 4, seed=7, shuffle=True)
+    first = sampler.indices(3)
+    more = sampler.replacements(3, 4, first)
+    assert len({*first, *more}) == 8
+    assert more == PromptSampler(10, 4, seed=7, shuffle=True).replacements(3, 4, first)
+    assert more[:2] == sampler.replacements(3, 2, first)
+    rest = sampler.replacements(3, 4, [*first, *more])
+    assert sorted([*first, *more, *rest]) == list(range(10)), "two are left, and no more"
+    orders = {tuple(sampler.replacements(step, 10, [])) for step in range(5)}
+    assert len(orders) == 5
+    assert tuple(PromptSampler(10, 4, 8, True).replacements(0, 10, [])) not in orders
