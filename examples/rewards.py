@@ -5,7 +5,7 @@
 In: `RewardRequest` with the prompt, the response, the line's `answer` and its remaining fields,
 and why the response ended. Out: a finite number; higher is better. Only differences between the
 responses to one prompt count, so the scale is yours to choose. The module is looked up in the
-current directory and on PYTHONPATH; what it raises stops the run and names the prompt.
+current directory and on PYTHONPATH; what it raises costs the sample, and is named.
 """
 
 from __future__ import annotations

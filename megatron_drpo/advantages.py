@@ -25,13 +25,18 @@ def group_advantages(rewards: Tensor, estimator: str, divide_by_std: bool) -> Te
     which is K/(K-1) (r - m). `divide_by_std` divides by s + 1e-6, s being the group's sample
     standard deviation (over K - 1, as GRPO trainers compute it; arXiv 2402.03300, section 4.1.2).
 
-    A group of equal rewards has exact zeros. Computed in fp64.
+    A NaN, the reward of a sample that could not be judged, does not belong to its group: K counts
+    the others, and its own advantage is 0. A group of equal rewards, or of fewer than two, has
+    exact zeros. Computed in fp64.
     """
-    size = rewards.shape[1]
-    # Relative to the first sample, equal rewards are exact zeros before any rounding.
-    offsets = rewards.double() - rewards[:, :1].double()
-    advantages = centred = offsets - offsets.mean(dim=1, keepdim=True)
-    others = max(size - 1, 1)  # a group of one has no spread: its advantage is 0
+    judged = rewards.isnan().logical_not()
+    size = judged.sum(dim=1, keepdim=True)
+    # Relative to the first judged sample, equal rewards are exact zeros before any rounding.
+    first = rewards.double().gather(1, judged.int().argmax(dim=1, keepdim=True))
+    offsets = torch.where(judged, rewards.double() - first, 0.0)
+    mean = offsets.sum(dim=1, keepdim=True) / size.clamp(min=1)
+    advantages = centred = torch.where(judged, offsets - mean, 0.0)
+    others = (size - 1).clamp(min=1)  # a group of one has no spread: its advantage is 0
     if estimator == "leave-one-out":
         advantages = centred * size / others
     elif estimator != "group-mean":
@@ -52,7 +57,7 @@ def make_trajectories(
 
     Args:
         rollouts: the samples of one prompt next to each other.
-        rewards: one per rollout.
+        rewards: one per rollout; NaN where it failed.
         samples_per_prompt: size of a group.
         config: the estimator.
     """

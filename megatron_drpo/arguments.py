@@ -82,7 +82,7 @@ _UNUSED = (
     (
         "rollout_engine",
         lambda config: config.rollout.uses_servers,
-        ("rollout_max_slots", "rollout_kv_cache_gib", "rollout_exact"),
+        ("rollout_kv_cache_gib", "rollout_exact"),
         "is the server's own affair with --rollout-engine vllm and sglang; drop it",
     ),
     (

@@ -133,7 +133,7 @@ class RolloutConfig:
     """Time that a server may take for one request."""
     rollout_server_retries: int = 2
     """How often a request is sent again, to another server where there is one, after a connection
-    failed or a server answered 429 or 5xx."""
+    failed, or a server was late or answered 429 or 5xx."""
     rollout_prompts_per_step: int = 64
     """Prompts per rollout batch, over all data-parallel ranks."""
     rollout_samples_per_prompt: int = 8
@@ -155,7 +155,7 @@ class RolloutConfig:
     rollout_stop_strings: tuple[str, ...] = ()
     """Texts that end a response, which holds the token that completes one."""
     rollout_max_slots: int = 256
-    """Responses generated at the same time by a data-parallel rank."""
+    """Responses generated at the same time by a data-parallel rank, or by each server for it."""
     rollout_kv_cache_gib: float | None = None
     """Memory of a rank's KV cache: fewer responses are generated at the same time where
     --rollout-max-slots would take more; by default that is the only limit."""
@@ -176,7 +176,8 @@ class RolloutConfig:
     """Times that replacements are generated for one step; groups still missing then remain as they
     are."""
     environment: str | None = None
-    """MODULE:FACTORY of an environment: responses become conversations of several turns."""
+    """MODULE:FACTORY, called with the prompt for each conversation: responses become conversations
+    of several turns, whose observations are not trained on."""
     environment_max_turns: int = 8
     """Turns of the policy in one conversation."""
     rollouts_file: str | None = None
@@ -233,9 +234,10 @@ class RewardConfig:
     """Processes of each data-parallel replica that compute rewards, or requests that a service is
     sent at the same time."""
     reward_timeout_seconds: float = 60.0
-    """Time that the reward of one response may take; longer is a failure."""
+    """Time for the reward of one response (of a service: for one request, of up to 32 responses),
+    or for one answer of an environment; longer is a failure."""
     reward_memory_gib: float = 4.0
-    """Memory that a reward process may take; more is a failure."""
+    """Private memory that a reward process may take; more is a failure."""
     reward_max_failures: float = 0.1
     """Share of a batch's responses whose reward may fail, by an exception, a time-out or no finite
     number. A failure costs its sample: advantage 0, not in its group's mean; more stop the run."""

@@ -222,23 +222,27 @@ def rollout_statistics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Rewards, advantages and lengths of one rollout batch; no trajectories give {}.
 
     Standard deviations are those of the batch itself (divided by its size). A group is all
-    samples of one prompt id; one whose rewards are all equal teaches nothing.
+    samples of one prompt id; one whose rewards are all equal teaches nothing. `reward/failed` is
+    the number of samples whose reward failed (NaN): no other `reward/` looks at those, and where
+    all of them failed, mean and standard deviation are NaN.
     """
     if not trajectories:
         return {}
-    reward = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
+    judged = [t for t in trajectories if not math.isnan(t.reward)]
+    reward = torch.tensor([t.reward for t in judged], dtype=torch.float64)
     advantage = torch.tensor([t.advantage for t in trajectories], dtype=torch.float64)
     length = torch.tensor(
         [t.rollout.response_ids.numel() for t in trajectories], dtype=torch.float64
     )
-    groups: dict[str, set[float]] = {}
-    for t in trajectories:
-        groups.setdefault(t.rollout.prompt.id, set()).add(t.reward)
+    groups: dict[str, set[float]] = {t.rollout.prompt.id: set() for t in trajectories}
+    for t in judged:
+        groups[t.rollout.prompt.id].add(t.reward)
     truncated = sum(t.rollout.finish_reason == "length" for t in trajectories)
     return {
         "reward/mean": reward.mean().item(),
-        "reward/std": reward.std(correction=0).item(),
-        "reward/groups_all_equal": sum(len(g) == 1 for g in groups.values()) / len(groups),
+        "reward/std": (reward - reward.mean()).square().mean().sqrt().item(),
+        "reward/failed": float(len(trajectories) - len(judged)),
+        "reward/groups_all_equal": sum(len(g) <= 1 for g in groups.values()) / len(groups),
         "response_length/mean": length.mean().item(),
         "response_length/max": length.max().item(),
         "response_length/p99": quantiles(length, (0.99,))[0].item(),

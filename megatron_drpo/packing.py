@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from megatron_drpo.config import Aggregation
-from megatron_drpo.errors import ConfigError
-from megatron_drpo.types import Rollout, Row, Trajectory
+from megatron_drpo.errors import ConfigError, RolloutError
+from megatron_drpo.types import KeptIds, Rollout, Row, Trajectory
+from megatron_drpo.vocab_parallel.kept import cat_kept, holds, select_kept, uncut
 
 
 def split_updates(
@@ -93,6 +94,7 @@ def pack(
 
     Raises:
         ConfigError: a sequence is longer than `max_tokens`.
+        RolloutError: a token is not among the ids that it was drawn from.
     """
     lengths = [_length(trajectory) for trajectory in trajectories]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
@@ -195,7 +197,7 @@ def _row(
     else:
         raise ValueError(f"unknown aggregation {aggregation!r}")
     advantages = torch.tensor([t.advantage for t in members], dtype=torch.float32)
-    return Row(
+    row = Row(
         tokens=tokens,
         positions=positions,
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
@@ -212,7 +214,34 @@ def _row(
         names=tuple(f"sample {r.sample} of prompt {r.prompt.id}" for r in rollouts),
         topk_ids=_join("topk_ids", rollouts, kept, like),
         behaviour_topk_logprobs=_join("topk_logprobs", rollouts, kept, like),
+        kept_ids=_join_kept(rollouts, kept),
     )
+    _check_kept(row)
+    return row
+
+
+def _join_kept(rollouts: Sequence[Rollout], kept: Tensor) -> KeptIds | None:
+    """`kept_ids` of all rollouts, at the kept tokens; None if no rollout has any."""
+    if all(rollout.kept_ids is None for rollout in rollouts):
+        return None
+    parts = [r.kept_ids or uncut(r.response_ids.numel()) for r in rollouts]
+    return select_kept(cat_kept(parts), kept)
+
+
+def _check_kept(row: Row) -> None:
+    if row.kept_ids is None:
+        return
+    missing = (~holds(row.kept_ids, row.targets)).nonzero().flatten()
+    if missing.numel():
+        first = int(missing[0])
+        raise RolloutError(
+            f"token {int(row.targets[first])} at position "
+            f"{int(row.positions[row.loss_index[first]]) + 1} of "
+            f"{row.names[int(row.sequence[first])]} is not among the "
+            f"{int(row.kept_ids.counts[first])} ids that top-p and top-k are said to have kept "
+            "for it, so its behaviour log-prob is of another law: look at the engine or the "
+            "rollouts file"
+        )
 
 
 def _versions(rollout: Rollout) -> Tensor:

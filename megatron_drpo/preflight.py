@@ -23,8 +23,11 @@ from megatron_drpo.device import Device, choose_device
 from megatron_drpo.errors import ConfigError, DrpoError
 from megatron_drpo.objectives import Needs, build_objective
 from megatron_drpo.prompts import PromptSampler, load_tokenizer, read_prompts, stop_ids
-from megatron_drpo.rewards import check_prompts, load_reward
-from megatron_drpo.rollout.files import read_rollouts
+from megatron_drpo.rewards import check_prompts
+from megatron_drpo.rewards.pool import check_reward
+from megatron_drpo.rollout.environment import load_environment
+from megatron_drpo.rollout.files import check_header, read_header, read_rollouts, tokenizer_sha256
+from megatron_drpo.rollout.memory import slots_within
 from megatron_drpo.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -95,7 +98,9 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
     _check_transformer_engine(config, device, problems)
     if rank == 0:
         _check_output_directory(config, problems)
-    problems.attempt(load_reward, config.reward.reward)
+        problems.attempt(check_reward, config.reward)
+    if config.rollout.environment:
+        problems.attempt(load_environment, config.rollout.environment)
     objective = problems.attempt(build_objective, config.objective)
     needs = Needs() if objective is None else objective.needs
     _check_needs(config, needs, problems)
@@ -443,11 +448,26 @@ def _read(
             samples_per_prompt=rollout.rollout_samples_per_prompt,
         )
         _check_rollouts(config, rollouts or (), problems)
+        header = None if rollouts is None else read_header(rollout.rollouts_file)
+        if header is not None:
+            for problem in check_header(header, config, tokenizer_sha256(tokenizer)):
+                problems.add(problem)
     elif prompts:
         per_step, seed = rollout.rollout_prompts_per_step, config.train.seed
         shuffle = config.data.shuffle_prompts
         problems.attempt(PromptSampler, len(prompts), per_step, seed, shuffle)
     _check_row_budget(config, prompts, rollouts or (), problems)
+    if rollout.rollout_kv_cache_gib is not None and (prompts or eval_prompts):
+        longest = max(prompt.token_ids.numel() for prompt in (*prompts, *eval_prompts))
+        problems.attempt(
+            slots_within,
+            int(rollout.rollout_kv_cache_gib * 2**30),
+            architecture,
+            tp_size=config.parallel.tensor_model_parallel_size,
+            pp_size=config.parallel.pipeline_model_parallel_size,
+            element_bytes=2 if config.model.bf16 else 4,
+            length=longest + rollout.rollout_max_response_length,
+        )
     if ends is None or device is None:
         return None
     return Inputs(

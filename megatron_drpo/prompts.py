@@ -6,8 +6,10 @@ ids that end a response, and which prompts each training step takes.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +43,8 @@ def read_jsonl(
 ) -> list[Record]:
     """The objects of a JSONL file, each through `parse`; blank lines are skipped.
 
+    A file that begins as gzip files do is decompressed, whatever its name.
+
     Args:
         path: the file, UTF-8.
         parse: takes the line's number (from 1) and its object; raises DataError, without the
@@ -51,7 +55,14 @@ def read_jsonl(
         DataError: the file cannot be read or holds nothing, or the problems of all lines at once.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        content = Path(path).read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        lines = content.split(b"\n")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: is damaged or not complete ({error}); copy or write it again"
+        ) from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a JSONL file of {what}") from error
     records, problems = [], []

@@ -28,8 +28,10 @@ from megatron_drpo.vocab_parallel import (
     fused_linear_objective,
     linear_scores,
     logprobs_and_entropy,
+    outside,
     project,
 )
+from megatron_drpo.vocab_parallel.shard import shard_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def score(row: Row, hidden: Tensor, weight: Tensor, layer: OutputLayer) -> Token
         weight,
         row.targets,
         rows=row.loss_index,
+        kept=row.kept_ids,
         chunk_bytes=layer.chunk_bytes,
         **layer.arguments(),
     )
@@ -105,6 +108,7 @@ def fused_loss(
         _ids(row, objective),
         token_losses,
         rows=row.loss_index,
+        kept=row.kept_ids,
         others=list(sources.values()),
         weight_grad=weight_grad,
         chunk_bytes=layer.chunk_bytes,
@@ -126,17 +130,23 @@ def plain_loss(
 
     Holds the logits, and overwrites them by their gradient; the cross-check of `fused_loss`.
     """
+    cut = None
+    if row.kept_ids is not None:
+        columns = logits.size(1)
+        cut = outside(row.kept_ids, columns, shard_of(columns, layer.vocab_size, layer.group))
+        logits = logits.masked_fill(cut, -torch.inf)
     scores = logprobs_and_entropy(
         logits, _ids(row, objective), overwrite_logits=True, **layer.arguments()
     )
     known = _known(row, objective, lambda: _of_sampled(scores.logprobs).detach())
     sources = _distributions(row, objective, behaviour_weight, reference_weight)
-    distances = tuple(
+    distances = []
+    for q in sources.values():
+        other = project(q.hidden, q.weight)
+        other = other if cut is None else other.masked_fill(cut, -torch.inf)
         # A copy: the backward pass of the log-probs overwrites the logits.
-        divergence(logits.clone(), project(q.hidden, q.weight), q.kind, **layer.arguments())
-        for q in sources.values()
-    )
-    everything = Scores(scores.logprobs, scores.entropy, distances)
+        distances.append(divergence(logits.clone(), other, q.kind, **layer.arguments()))
+    everything = Scores(scores.logprobs, scores.entropy, tuple(distances))
     losses = objective(_tokens(everything, known, list(sources))).losses
     detached = Scores(
         scores.logprobs.detach(), scores.entropy.detach(), tuple(d.detach() for d in distances)

@@ -12,6 +12,7 @@ depends on (seed, step) alone, so a resume needs only the number of the step.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,13 +22,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_drpo import rewards
 from megatron_drpo.advantages import make_trajectories
 from megatron_drpo.checkpoint import resume
 from megatron_drpo.checkpoint.hf import copy_settings
 from megatron_drpo.checkpoint.model_weights import export_hf
+from megatron_drpo.collect import Batch, Collector
 from megatron_drpo.config import Config
-from megatron_drpo.errors import RolloutError
+from megatron_drpo.gate import Gate
 from megatron_drpo.mcore import parallel, state
 from megatron_drpo.mcore.model import use_transformer_engine
 from megatron_drpo.mcore.policy import Policy
@@ -35,30 +36,39 @@ from megatron_drpo.metrics import (
     MetricsWriter,
     PhaseTimer,
     TokenDiagnostics,
-    engine_gap_statistics,
     rollout_statistics,
     trust_region_statistics,
     write_atomically,
 )
 from megatron_drpo.packing import split_updates
 from megatron_drpo.preflight import Inputs
-from megatron_drpo.prompts import PromptSampler
 from megatron_drpo.report import write_report
-from megatron_drpo.rollout.engine import Completion, Request, Sampling
-from megatron_drpo.rollout.files import write_rollouts
+from megatron_drpo.rollout.engines import build_engine
+from megatron_drpo.rollout.files import (
+    FileHeader,
+    make_header,
+    tokenizer_sha256,
+    write_rollouts,
+)
 from megatron_drpo.rollout.inprocess import InProcessEngine
-from megatron_drpo.types import Prompt, Rollout, Row, Trajectory
+from megatron_drpo.rollout.servers import ServerEngine
+from megatron_drpo.serving import Serving
+from megatron_drpo.types import Row, Trajectory
 from megatron_drpo.vocab_parallel.gemm import describe_gemm
 from megatron_drpo.vocab_parallel.sweep import describe_sweep
 
-_EVAL_STREAM = 1 << 40
-"""Evaluation draws from streams of its own, the same ones each time."""
+_TOLD = 3
+"""Failures of a batch that are told by name."""
 
 
 def run(config: Config, inputs: Inputs) -> None:
     """Train, from the HF checkpoint or from the newest training checkpoint, to `train_iters`."""
     layout = parallel.initialize(config.parallel, inputs.device, config.train.seed)
-    _Run(config, inputs, layout).train()
+    run = _Run(config, inputs, layout)
+    try:
+        run.train()
+    finally:
+        run.close()
     parallel.destroy(layout)
 
 
@@ -86,23 +96,44 @@ class _Run:
             reference=inputs.reference,
         )
         self.say(f"weights: {inputs.weights}, {self.policy.verified}")
-        self.engine = InProcessEngine(self.policy, max_slots=config.rollout.rollout_max_slots)
-        self.reward = rewards.load_reward(config.reward.reward)
         self.timer = PhaseTimer(inputs.device.synchronize)
-        self.sampler = None
-        if inputs.rollouts is None:
-            self.sampler = PromptSampler(
-                len(inputs.prompts),
-                config.rollout.rollout_prompts_per_step,
-                config.train.seed,
-                config.data.shuffle_prompts,
-            )
         self.writer: MetricsWriter | None = None
         self.evaluated: dict[str, float] = {}
         self.skipped_updates = 0
         self.step = 0
         if config.output.resume:
             self._resume()
+        self.engine = build_engine(config.rollout, self.policy, inputs.tokenizer)
+        generator = self.engine.generator
+        self.collector = Collector(
+            config, inputs, layout, generator, lambda: self.policy.num_updates, self.timer
+        )
+        self.gate = Gate(config, self.policy, exact=self.engine.exact)
+        bound = self.gate.bound
+        if self.collector.generates or inputs.eval_prompts:
+            self.say(
+                f"engine: {self.engine.text}; largest gap to training's log-probs: {bound.nats:g} "
+                f"nats per token ({bound.reason})"
+            )
+        self.serving = None
+        if config.rollout.uses_servers:
+            assert not isinstance(generator, InProcessEngine)
+            self.serving = Serving(
+                config,
+                self.policy,
+                generator,
+                [prompt.token_ids for prompt in (*inputs.prompts, *inputs.eval_prompts)],
+                self.settings,
+                bound=bound.nats,
+                rounding=self.gate.rounding,
+                say=self.say,
+            )
+
+    def close(self) -> None:
+        """End what works for the run in the background; not collective."""
+        if isinstance(self.engine.generator, ServerEngine):
+            self.engine.generator.close()
+        self.collector.close()
 
     def say(self, message: str) -> None:
         """A line for people, from one rank, that does not break the progress bar."""
@@ -128,6 +159,8 @@ class _Run:
             self._keep_settings()
             resume_step = self.step + 1 if config.output.resume else None
             self.writer = MetricsWriter(self.directory, resume_step=resume_step)
+        self.layout.barrier()  # servers are told of settings that rank 0 has kept
+        self._sync()
         bar = tqdm(
             total=steps,
             initial=self.step,
@@ -151,6 +184,8 @@ class _Run:
             bar.set_postfix(_postfix(scalars, self.evaluated))
             bar.update()
         bar.close()
+        if self.serving:
+            self.serving.close()
         if config.output.export_hf:
             self._export()
         if self.writer:
@@ -190,18 +225,20 @@ class _Run:
     def _train_step(self) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """One rollout batch and its optimizer updates; scalars and histograms of it."""
         config, samples = self.config, self.config.rollout.rollout_samples_per_prompt
-        rollouts, values = self._collect()
-        trajectories = make_trajectories(rollouts, values, samples, config.advantage)
+        batch = self.collector.collect(self.step)
+        self._tell_failures(batch)
+        trajectories = make_trajectories(batch.rollouts, batch.rewards, samples, config.advantage)
         if config.rollout.save_rollouts and self.main:
             path = self.directory / "rollouts" / f"step-{self.step + 1:06d}.jsonl"
-            write_rollouts(path, trajectories)
-        scalars = rollout_statistics(trajectories)
+            write_rollouts(path, trajectories, self._header())
+        scalars = rollout_statistics(trajectories) | batch.statistics
+        scalars |= self._staleness(trajectories)
         with self.timer.phase("score"):
             updates = self._annotate(trajectories)
-            scalars |= self._engine_gap(updates)
+            scalars |= self.gate.check(updates, self.step)
         with self.timer.phase("train"):
             updated, tokens = self._update(updates)
-        scalars |= updated
+        scalars |= updated | self._sync()
         scalars["tokens/response"] = sum(t.rollout.response_ids.numel() for t in trajectories)
         scalars["tokens/total"] = scalars["tokens/response"] + sum(
             t.rollout.prompt.token_ids.numel() for t in trajectories
@@ -213,101 +250,47 @@ class _Run:
             "weight": tokens.gradient_weight,
             "ratio": tokens.ratio,
             "entropy": tokens.entropy,
-            "reward": torch.tensor([t.reward for t in trajectories]),
+            "reward": torch.tensor([t.reward for t in trajectories if not math.isnan(t.reward)]),
             "response_length": torch.tensor(
                 [float(t.rollout.response_ids.numel()) for t in trajectories]
             ),
         }
         return scalars, histograms
 
-    # Responses and their rewards.
+    def _sync(self) -> dict[str, float]:
+        """New weights into the servers, where servers generate."""
+        if not self.serving:
+            return {}
+        with self.timer.phase("sync"):
+            return self.serving.sync()
 
-    def _collect(self) -> tuple[list[Rollout], list[float]]:
-        """This step's rollouts, grouped by prompt, and their rewards; the same on every rank."""
-        config = self.config.rollout
-        per_step, samples = config.rollout_prompts_per_step, config.rollout_samples_per_prompt
-        if self.sampler is None:
-            return self._from_file(per_step * samples)
-        prompts = [self.inputs.prompts[i] for i in self.sampler.indices(self.step)]
-        sampling = Sampling(
-            temperature=config.rollout_temperature,
-            top_p=config.rollout_top_p,
-            top_k=config.rollout_top_k,
-            max_response_length=config.rollout_max_response_length,
-            stop_ids=self.inputs.stop_ids,
-            seed=self.config.train.seed + (self.step << 32),
-            record_topk=config.rollout_topk,
-        )
-        with self.timer.phase("generate"):
-            rollouts = self._generate(prompts, samples, sampling, first_stream=0)
-        with self.timer.phase("reward"):
-            return self._exchange(rollouts)
-
-    def _from_file(self, count: int) -> tuple[list[Rollout], list[float]]:
-        """The next `count` rollouts of `--rollouts-file`, from its start again after its end."""
-        recorded = self.inputs.rollouts
-        assert recorded is not None
-        picked = [recorded[(self.step * count + i) % len(recorded)] for i in range(count)]
-        rollouts = [rollout for rollout, _ in picked]
-        values = [value for _, value in picked if value is not None]
-        if len(values) == len(rollouts):
-            return rollouts, values
-        with self.timer.phase("reward"):
-            share = len(rollouts) // self.layout.dp_size
-            start = self.layout.dp_rank * share
-            return self._exchange(rollouts[start : start + share])
-
-    def _generate(
-        self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, *, first_stream: int
-    ) -> list[Rollout]:
-        """This replica's share of the responses, `samples` for each prompt.
-
-        Which random numbers a response takes depends on its place among all prompts, not on the
-        replica that makes it.
-        """
-        mine = range(self.layout.dp_rank, len(prompts), self.layout.dp_size)
-        jobs = [(i, sample) for i in mine for sample in range(samples)]
-        requests = [
-            Request(prompts[i].token_ids, first_stream + i * samples + sample) for i, sample in jobs
-        ]
-        completions = self.engine.generate(requests, sampling)
-        texts = self._decode(completions)
-        return [
-            Rollout(
-                prompt=prompts[i],
-                sample=sample,
-                response_ids=done.response_ids,
-                behaviour_logprobs=done.logprobs,
-                finish_reason=done.finish_reason,
-                policy_version=self.policy.num_updates,
-                response_text=text,
-                topk_ids=done.topk_ids,
-                topk_logprobs=done.topk_logprobs,
-            )
-            for (i, sample), done, text in zip(jobs, completions, texts, strict=True)
-        ]
-
-    def _decode(self, completions: Sequence[Completion]) -> list[str]:
-        return self.inputs.tokenizer.batch_decode(
-            [done.response_ids.tolist() for done in completions], skip_special_tokens=True
+    def _header(self) -> FileHeader:
+        """What the rollouts of this step have in common."""
+        return make_header(
+            self.collector.sampling(self.step),
+            engine=self.engine.text,
+            tokenizer_sha256=tokenizer_sha256(self.inputs.tokenizer),
+            weights_sha256=None,
+            policy=f"{self.directory}, step {self.step}",
         )
 
-    def _exchange(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[float]]:
-        """Rewards from one rank of each replica; then everybody's rollouts, on every rank."""
-        message = None
-        if self.layout.is_replica_source:
-            config = self.config.reward
-            values = rewards.score(
-                self.reward, config.reward, rollouts, config.reward_timeout_seconds
-            )
-            message = (rollouts, values)
-        groups: dict[str, list[tuple[Rollout, float]]] = {}
-        for rollouts_, values_ in self.layout.gather_objects(message):
-            for rollout, value in zip(rollouts_, values_, strict=True):
-                groups.setdefault(rollout.prompt.id, []).append((rollout, value))
-        # By prompt id: an order that does not depend on how prompts were dealt to replicas.
-        pairs = [pair for name in sorted(groups) for pair in groups[name]]
-        return [rollout for rollout, _ in pairs], [value for _, value in pairs]
+    def _tell_failures(self, batch: Batch) -> None:
+        """Rewards that failed, by name: the first few."""
+        for failure in batch.failures[:_TOLD]:
+            self.say(f"failed: {failure}")
+        if len(batch.failures) > _TOLD:
+            self.say(f"failed: {len(batch.failures) - _TOLD} more")
+
+    def _staleness(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """How many steps older than the policy the tokens' weights are, where they may be."""
+        if not self.config.rollout.rollout_lag:
+            return {}
+        spans = [span for t in trajectories for span in t.rollout.spans]
+        updates = self.config.train.updates_per_rollout
+        ages = [(self.policy.num_updates - version) / updates for _, version in spans]
+        counts = [count for count, _ in spans]
+        mean = sum(a * c for a, c in zip(ages, counts, strict=True)) / sum(counts)
+        return {"staleness/mean": mean, "staleness/max": max(ages)}
 
     # The trainer's side.
 
@@ -321,30 +304,6 @@ class _Run:
             (config.train.seed, self.step),
         )
         return self.policy.annotate([self.policy.pack(share) for share in shares])
-
-    def _engine_gap(self, updates: Sequence[Sequence[Row]]) -> dict[str, float]:
-        """Behaviour log-probs against the trainer's, before any update; the same on every rank."""
-        pair = None
-        if self.layout.is_last_stage and self.layout.tp_rank == 0:
-            rows = [row for rows in updates for row in rows]
-            pair = (
-                torch.cat([row.old_logprobs for row in rows if row.old_logprobs is not None]).cpu(),
-                torch.cat([row.behaviour_logprobs for row in rows]).cpu(),
-            )
-        pairs = self.layout.gather_objects(pair)
-        gap = engine_gap_statistics(
-            torch.cat([trainer for trainer, _ in pairs]),
-            torch.cat([behaviour for _, behaviour in pairs]),
-        )
-        limit = self.config.rollout.max_engine_gap
-        if self.sampler is not None and not gap["engine_gap/mean_abs"] <= limit:
-            raise RolloutError(
-                f"--max-engine-gap {limit}: behaviour log-probs of step {self.step + 1} differ "
-                f"from the trainer's by {gap['engine_gap/mean_abs']:.4g} nats per token on "
-                "average, so they do not describe the policy that generated; raise the limit only "
-                "if you know why"
-            )
-        return gap
 
     def _update(
         self, rows_of_updates: Sequence[Sequence[Row]]
@@ -381,19 +340,11 @@ class _Run:
             return
         config = self.config.eval
         samples = config.eval_samples_per_prompt
-        sampling = Sampling(
-            temperature=config.eval_temperature,
-            top_p=config.eval_top_p,
-            top_k=config.eval_top_k,
-            max_response_length=self.config.rollout.rollout_max_response_length,
-            stop_ids=self.inputs.stop_ids,
-            seed=self.config.train.seed,
-        )
-        with self.timer.phase("evaluate"):
-            mine = self._generate(
-                self.inputs.eval_prompts, samples, sampling, first_stream=_EVAL_STREAM
-            )
-            rollouts, values = self._exchange(mine)
+        batch = self.collector.evaluate()
+        self._tell_failures(batch)
+        rollouts = batch.rollouts
+        # What could not be judged counts as not solved.
+        values = [0.0 if math.isnan(value) else value for value in batch.rewards]
         groups = torch.tensor(values, dtype=torch.float64).view(-1, samples)
         lengths = [rollout.response_ids.numel() for rollout in rollouts]
         self.evaluated = {

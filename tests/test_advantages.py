@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from fractions import Fraction
 
@@ -43,6 +44,32 @@ def test_equal_rewards_give_exact_zeros(estimator, divide):
     rewards = torch.tensor([[0.1] * 3, [1 / 3] * 3, [1e30] * 3, [0.0] * 3], dtype=torch.float64)
     assert group_advantages(rewards, estimator, divide).eq(0).all()
     assert group_advantages(rewards[:, :1], estimator, divide).eq(0).all()
+
+
+@given(groups=GROUPS, data=st.data())
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("estimator", ["group-mean", "leave-one-out"])
+def test_failed_rewards_do_not_belong_to_their_group(groups, estimator, divide, data):
+    """The others have the advantages that they have among themselves, the failed ones exact 0."""
+    for group in groups:
+        places = data.draw(st.lists(st.integers(0, len(group)), max_size=3))
+        holed = list(group)
+        for place in places:
+            holed.insert(place, math.nan)
+        rewards = torch.tensor([holed], dtype=torch.float64)
+        got = group_advantages(rewards, estimator, divide)[0]
+        alone = group_advantages(torch.tensor([group], dtype=torch.float64), estimator, divide)[0]
+        failed = rewards[0].isnan()
+        assert got[failed].eq(0).all()
+        assert got[~failed].tolist() == pytest.approx(alone.tolist(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("estimator", ["group-mean", "leave-one-out"])
+def test_fewer_than_two_judged_samples_are_exact_zeros(estimator, divide):
+    nan = math.nan
+    rewards = torch.tensor([[nan, 3.3, nan], [nan, nan, nan], [7.7, nan, nan], [nan, 0.1, 0.1]])
+    assert group_advantages(rewards, estimator, divide).tolist() == [[0.0] * 3] * 4
 
 
 def test_trajectories_keep_the_order_and_belong_to_their_group():

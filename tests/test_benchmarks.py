@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import __main__ as everything
-from benchmarks import conversion, training_memory, vocab_parallel
+from benchmarks import conversion, generation, training_memory, vocab_parallel
 from benchmarks.contenders import _ENTROPY_WEIGHT, CONTENDERS, Inputs, Problem
 from benchmarks.measure import Place, extra_memory_of, run_ranks
 from benchmarks.vocab_parallel import Result, Settings
@@ -201,6 +206,63 @@ def test_conversions_are_measured_beside_a_copy(
     assert record["model"]["bytes"] == 2 * weights and record["model"]["tensors"] == 12
     assert all(result["seconds"][0] > 0 for result in record["results"])
     assert not list(scratch.iterdir())
+
+
+def test_generation_is_held_against_transformers_and_vllm_if_there_is_one() -> None:
+    def result(name: str, work: str, seconds: list[float]) -> generation.Result:
+        return generation.Result("27M", work, name, 600, seconds)
+
+    results = [
+        result("transformers.generate", "equal lengths", [3.0, 4.0, 9.0]),
+        result("ours, exact", "equal lengths", [2.0, 5.0, 6.0]),  # ratios 1.5, 0.8, 1.5
+        result("vLLM's server", "equal lengths", [1.0, 4.0, 3.0]),
+        result("transformers.generate", "groups of 8", [1.0, 1.0, 1.0]),
+        result("ours, exact", "groups of 8", [1.0, 1.0, 1.0]),
+    ]
+    assert generation.targets(results)[2:] == [
+        "- 27M, equal lengths: 1.50 x transformers.generate, wanted at least 1.0: met",
+        "- 27M, equal lengths: 0.50 x vLLM's server, wanted at least 1.0: missed",
+        "- 27M, groups of 8: 1.00 x transformers.generate, wanted at least 1.4: missed",
+    ]
+    shown = generation.render(generation.record_of(results, 3))
+    assert (
+        "| 27M, ours, exact           |           120 |         600 |                 - |" in shown
+    )
+
+
+def test_a_process_is_charged_for_what_its_children_compute() -> None:
+    command = "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', "
+    command += "'while True: pass']); print(flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", command], stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline()
+            server = generation.Server.parse(f"27M=http://127.0.0.1:1@{process.pid}")
+            before, deadline = server.cpu_seconds(), time.monotonic() + 30
+            while server.cpu_seconds() < before + 0.3:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_generation_is_measured_from_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "figures.json"
+    generation.main(
+        ["--models", "1.3M", "--rounds", "1", "--scratch", str(tmp_path), "--json", str(path)]
+    )
+    record = json.loads(path.read_text())
+    assert capsys.readouterr().out.strip() == generation.render(record)
+    names = {result["name"] for result in record["results"]}
+    assert names == {"transformers.generate", "ours, exact", "ours, not exact"}
+    assert len(record["results"]) == 9
+    assert {result["num_tokens"] for result in record["results"]} >= {4096}
+    assert all(result["cpu_seconds"][0] > 0 for result in record["results"])
 
 
 @pytest.mark.slow

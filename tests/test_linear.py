@@ -1,4 +1,7 @@
-"""The fused output layer against plain autograd in fp64: values, gradients, layouts, memory."""
+"""The fused output layer against plain autograd in fp64: values, gradients, layouts, memory.
+
+With `cut`, most tokens have kept ids: the reference then is a softmax over these alone.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_drpo.types import KeptIds
 from megatron_drpo.vocab_parallel import (
     Other,
     Scores,
@@ -21,6 +25,7 @@ from megatron_drpo.vocab_parallel import (
     linear_scores,
     logprobs_and_entropy,
     project,
+    select_kept,
 )
 from tests.distributed import run_distributed
 
@@ -47,20 +52,44 @@ class Case:
     """[T, K]."""
     others: tuple[tuple[Tensor, Tensor, Any], ...]
     """hidden [T, H], weight [padded, H] and kind."""
+    kept: KeptIds | None = None
+
+    @property
+    def cut(self) -> Tensor:
+        """bool [T, vocab]: the ids that each token could not be drawn as."""
+        cut = torch.zeros(TOKENS, self.vocab, dtype=torch.bool)
+        if self.kept is not None:
+            for token, ids in enumerate(self.kept.ids.split(self.kept.counts.tolist())):
+                if len(ids):
+                    cut[token] = True
+                    cut[token, ids.long()] = False
+        return cut
 
 
-def make(vocab: int, padded: int) -> Case:
+def some_kept(ids: Tensor, vocab: int) -> KeptIds:
+    """From only the wanted ids to nearly all; every fifth token is not cut at all."""
+    parts = []
+    for token, wanted in enumerate(ids):
+        generator = torch.Generator().manual_seed(token)
+        others = torch.randperm(vocab, generator=generator)[: (0, 2, 9, vocab - 4)[token % 4]]
+        parts.append(torch.cat([wanted, others]).unique() if token % 5 else wanted[:0])
+    return KeptIds(torch.cat(parts).int(), torch.tensor([len(part) for part in parts]))
+
+
+def make(vocab: int, padded: int, cut: bool = False) -> Case:
     generator = torch.Generator().manual_seed(5)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+    hidden, weight = randn(POSITIONS, HIDDEN), randn(padded, HIDDEN)
+    ids = torch.randint(0, vocab, (TOKENS, TOPK), generator=generator)
     return Case(
         vocab=vocab,
         padded=padded,
-        hidden=randn(POSITIONS, HIDDEN),
-        weight=randn(padded, HIDDEN),
-        ids=torch.randint(0, vocab, (TOKENS, TOPK), generator=generator),
+        hidden=hidden,
+        weight=weight,
+        ids=ids,
         rows=torch.randperm(POSITIONS, generator=generator)[:TOKENS].sort().values,
         temperature=0.5 + torch.rand(TOKENS, generator=generator, dtype=torch.float64),
         advantages=randn(TOKENS, TOPK),
@@ -68,6 +97,7 @@ def make(vocab: int, padded: int) -> Case:
             (randn(TOKENS, HIDDEN), randn(padded, HIDDEN), "l2"),
             (randn(TOKENS, HIDDEN), randn(padded, HIDDEN), "kl_pq"),
         ),
+        kept=some_kept(ids, vocab) if cut else None,
     )
 
 
@@ -86,7 +116,11 @@ def oracle(case: Case) -> tuple[Tensor, Scores, Tensor, Tensor]:
 
     def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = (hidden @ weight.T)[:, : case.vocab] / case.temperature[:, None]
-        return torch.log_softmax(logits, -1)
+        return torch.log_softmax(logits.masked_fill(case.cut, -torch.inf), -1)
+
+    def expectation(log_p: Tensor, value: Tensor) -> Tensor:
+        """Without the ids that cannot occur: 0 times the logarithm of 0 is NaN."""
+        return (log_p.exp() * value.masked_fill(case.cut, 0)).sum(-1)
 
     log_p = log_softmax(hidden[case.rows], weight)
     distances = []
@@ -95,9 +129,9 @@ def oracle(case: Case) -> tuple[Tensor, Scores, Tensor, Tensor]:
         distances.append(
             (log_p.exp() - log_q.exp()).square().sum(-1)
             if kind == "l2"
-            else (log_p.exp() * (log_p - log_q)).sum(-1)
+            else expectation(log_p, log_p.masked_fill(case.cut, 0) - log_q)
         )
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    entropy = -expectation(log_p, log_p)
     scores = Scores(log_p.gather(-1, case.ids), entropy, tuple(distances))
     loss = token_losses(case, slice(None), scores).sum()
     gradients = torch.autograd.grad(loss, (hidden, weight))
@@ -132,6 +166,7 @@ def fused(
         temperature=case.temperature,
         vocab_size=case.vocab,
         rows=case.rows,
+        kept=case.kept,
         others=[Other(h.to(dtype), w[mine].to(dtype), kind) for h, w, kind in case.others],
         weight_grad=buffer,
         sequence_parallel=sequence_parallel,
@@ -167,8 +202,9 @@ SINGLE = {"rtol": 2e-5, "atol": 2e-5}
 @pytest.mark.parametrize("own_buffer", [False, True])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, EXACT), (torch.float32, SINGLE)])
 @pytest.mark.parametrize(("vocab", "padded"), [(50, 50), (45, 48)])
-def test_one_rank_equals_autograd(vocab, padded, dtype, limit, own_buffer) -> None:
-    case = make(vocab, padded)
+@pytest.mark.parametrize("cut", [False, True])
+def test_one_rank_equals_autograd(cut, vocab, padded, dtype, limit, own_buffer) -> None:
+    case = make(vocab, padded, cut)
     found = fused(case, dtype=dtype, own_buffer=own_buffer)
     check(found, oracle(case), slice(None), slice(None), **limit)
     assert not any(x.requires_grad for x in (found[1].logprobs, found[1].entropy))
@@ -198,8 +234,9 @@ def test_bf16_weights_have_fp32_scores_and_an_fp32_weight_gradient() -> None:
 
 def _ranks(rank: int, world_size: int) -> None:
     group = dist.group.WORLD
-    for vocab, padded in ((48, 48), (41, 48)):  # the last rank of four has 5 of its 12 ids
-        case = make(vocab, padded)
+    # The last rank of four has 5 of its 12 ids.
+    for vocab, padded, cut in ((48, 48, False), (41, 48, True), (41, 48, False)):
+        case = make(vocab, padded, cut)
         wanted = oracle(case)
         columns = padded // world_size
         mine = slice(rank * columns, (rank + 1) * columns)
@@ -237,9 +274,9 @@ def test_ranks_equal_autograd(size: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(chunk_rows=st.integers(4, 40), seed=st.integers(0, 1000))
-def test_chunks_and_order_of_tokens_change_nothing(chunk_rows: int, seed: int) -> None:
-    case = make(45, 48)
+@given(chunk_rows=st.integers(4, 40), seed=st.integers(0, 1000), cut=st.booleans())
+def test_chunks_and_order_of_tokens_change_nothing(chunk_rows: int, seed: int, cut: bool) -> None:
+    case = make(45, 48, cut)
     order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))
     shuffled = Case(
         **{
@@ -249,6 +286,7 @@ def test_chunks_and_order_of_tokens_change_nothing(chunk_rows: int, seed: int) -
             "temperature": case.temperature[order],
             "advantages": case.advantages[order],
             "others": tuple((h[order], w, k) for h, w, k in case.others),
+            "kept": None if case.kept is None else select_kept(case.kept, order),
         }
     )
     loss, scores, hidden, weight = fused(shuffled, dtype=torch.float32, chunk_rows=chunk_rows)

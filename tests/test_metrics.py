@@ -222,6 +222,7 @@ def test_rollout_statistics_by_hand():
         {
             "reward/mean": 0.75,
             "reward/std": np.std([1, 0, 1, 1]),
+            "reward/failed": 0.0,
             "reward/groups_all_equal": 0.5,
             "response_length/mean": 5.0,
             "response_length/max": 8.0,
@@ -230,6 +231,22 @@ def test_rollout_statistics_by_hand():
             "advantage/std": np.std([0.5, -0.5, 0.5, 0.5]),
         }
     )
+
+
+def test_samples_whose_reward_failed_are_counted_and_left_out():
+    nan = math.nan
+    batch = [
+        *(trajectory("a", i, reward, 2, "stop") for i, reward in enumerate((1.0, nan, 3.0))),
+        *(trajectory("b", i, reward, 2, "stop") for i, reward in enumerate((5.0, nan, 5.0))),
+        *(trajectory("c", i, reward, 2, "stop") for i, reward in enumerate((nan, nan, nan))),
+    ]
+    got = rollout_statistics(batch)
+    assert got["reward/failed"] == 5
+    assert got["reward/mean"] == 3.5 and got["reward/std"] == pytest.approx(np.std([1, 3, 5, 5]))
+    assert got["reward/groups_all_equal"] == pytest.approx(2 / 3)
+    assert got["response_length/mean"] == 2
+    nothing = rollout_statistics(batch[6:])
+    assert math.isnan(nothing["reward/mean"]) and nothing["reward/failed"] == 3
 
 
 def test_histogram_counts_every_value_and_resists_outliers():

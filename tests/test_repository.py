@@ -23,8 +23,19 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 LAYERS = (
     {"__init__", "types", "config", "errors", "device", "metrics", "user_code"},
     {"objectives", "vocab_parallel", "advantages", "rewards", "packing", "prompts", "row_loss"},
-    {"mcore", "rollout", "checkpoint"},
-    {"train", "arguments", "preflight", "dry_run", "cli", "report", "__main__"},
+    {"mcore", "rollout", "weight_sync", "checkpoint"},
+    {
+        "train",
+        "collect",
+        "gate",
+        "serving",
+        "arguments",
+        "preflight",
+        "dry_run",
+        "cli",
+        "report",
+        "__main__",
+    },
 )
 CUDA_ONLY = {
     *("transformer_engine", "triton", "apex", "flash_attn", "vllm", "sglang", "pynvml"),

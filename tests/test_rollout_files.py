@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from megatron_drpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from megatron_drpo.errors import DataError
-from megatron_drpo.rollout.files import read_rollouts, write_rollouts
-from megatron_drpo.types import Prompt, Rollout, Trajectory
+from megatron_drpo.rollout.engine import Sampling
+from megatron_drpo.rollout.files import (
+    FileHeader,
+    RolloutWriter,
+    check_header,
+    make_header,
+    read_header,
+    read_rollouts,
+    shard_name,
+    tokenizer_sha256,
+    write_rollouts,
+)
+from megatron_drpo.types import KeptIds, Prompt, Rollout, Trajectory
 
 LINE = {
     "id": "a",
@@ -97,6 +118,7 @@ def test_a_batch_comes_back_as_it_was(tmp_path):
             assert getattr(rollout.prompt, name) == getattr(want.prompt, name)
 
 
+@settings(deadline=None)
 @given(st.floats(max_value=0, allow_nan=False, allow_infinity=False, width=32))
 def test_every_fp32_logprob_comes_back_bit_for_bit(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "bits.jsonl"
@@ -157,7 +179,7 @@ def test_topk_and_mask_that_cannot_be_used_are_refused(tmp_path, changes, messag
 def test_one_file_has_one_k(tmp_path):
     one = group(**TOPK)
     two = [x | {"id": "b"} for x in group()]
-    with pytest.raises(DataError, match="has 0 `topk_ids` per token, line .* 2"):
+    with pytest.raises(DataError, match="r.jsonl:4: has 0 `topk_ids` per token, .*r.jsonl:2 2;"):
         read(write(tmp_path / "r.jsonl", one + two))
 
 
@@ -192,7 +214,7 @@ def test_rewards_are_read_where_they_are(tmp_path):
     assert [reward for _, reward in read(path)] == [None, None]
     path = write(tmp_path / "r.jsonl", group(reward=1))
     assert [reward for _, reward in read(path)] == [1.0, 1.0]
-    path = write(tmp_path / "r.jsonl", [line(sample=0, reward=0.5), line(sample=1, reward=None)])
+    path = write(tmp_path / "r.jsonl", [line(sample=0, reward=0.5), line(sample=1)])
     with pytest.raises(DataError, match=r"r.jsonl:2: .*`reward`.* 1 of 2"):
         read(path)
 
@@ -211,6 +233,7 @@ def test_rewards_are_read_where_they_are(tmp_path):
         (line(reward="1"), ['`reward` is "1"', "number"]),
         (line(reward=math.nan), ["`reward` is nan"]),
         (line(finish_reason="eos"), ["'eos'", "stop or length"]),
+        (line(finish_reason="abort"), ["broken off"]),
         (line(policy_version=-1), ["`policy_version` is -1"]),
         (line(behaviour_logprobs=[-0.5]), ["2 entries", "`behaviour_logprobs` 1"]),
         (line(behaviour_logprobs=[-0.5, 0.125]), ["0.125 at index 1", "at most 0"]),
@@ -276,3 +299,429 @@ def test_groups_are_complete_and_together(tmp_path, lines, number, parts):
     (text,) = str(caught.value).splitlines()
     assert text.startswith(f"{path}:{number}: ")
     assert all(part in text for part in parts), text
+
+
+# Failed rewards, kept ids, version spans.
+
+
+def test_a_reward_that_failed_is_null_and_one_that_was_not_computed_is_absent(tmp_path):
+    path = write(tmp_path / "r.jsonl", [line(sample=0, reward=0.5), line(sample=1, reward=None)])
+    (_, first), (_, second) = read(path)
+    assert first == 0.5 and second is not None and math.isnan(second)
+    one, other = trajectories()[:2]
+    write_rollouts(path, [one, replace(other, reward=math.nan)])
+    assert [json.loads(text).get("reward", "absent") for text in path.open()] == [0.0, None]
+    (_, first), (_, second) = read(path)
+    assert first == 0.0 and second is not None and math.isnan(second)
+
+
+def kept(*lists: list[int]) -> KeptIds:
+    ids = torch.tensor([i for each in lists for i in each], dtype=torch.int32)
+    return KeptIds(ids, torch.tensor([len(each) for each in lists]))
+
+
+def plain_group(name: str = "f.jsonl:1", **changes) -> list[tuple[Rollout, float | None]]:
+    """Two samples without top-K fields, with rewards."""
+    found = []
+    for number, item in enumerate(trajectories()[:2]):
+        rollout = replace(
+            item.rollout,
+            prompt=replace(item.rollout.prompt, id=name),
+            topk_ids=None,
+            topk_logprobs=None,
+            loss_mask=None,
+            **changes,
+        )
+        found.append((rollout, float(number)))
+    return found
+
+
+def test_kept_ids_and_versions_come_back(tmp_path):
+    path = tmp_path / "r.jsonl"
+    (one, _), (other, _) = plain_group()
+    a, b, c = one.response_ids.tolist()
+    one = replace(one, kept_ids=kept([a, (a + 1) % 10], [], [c]), version_spans=((2, 4), (1, 6)))
+    other = replace(
+        other,
+        kept_ids=kept([], other.response_ids[1:2].tolist(), []),
+        loss_mask=torch.tensor([False, True, True]),
+    )
+    write_rollouts(path, [Trajectory(one, 0.0, 0.0), Trajectory(other, 0.0, 0.0)])
+    (first, _), (second, _) = read(path)
+    for found, wanted in ((first, one), (second, other)):
+        assert found.kept_ids is not None and wanted.kept_ids is not None
+        assert found.kept_ids.ids.equal(wanted.kept_ids.ids)
+        assert found.kept_ids.ids.dtype == torch.int32
+        assert found.kept_ids.counts.equal(wanted.kept_ids.counts)
+        assert found.version_spans == wanted.version_spans
+    assert first.spans == ((2, 4), (1, 6)) and second.spans == ((3, 4),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kept_ids": [[8]]}, "`response_ids` has 2 entries, but `kept_ids` 1"),
+        ({"kept_ids": [[8], 2]}, "`kept_ids` holds 2 at index 1; must be a list"),
+        ({"kept_ids": [[8], [2, 10]]}, "`kept_ids` holds 10 at index 1; the model's token ids"),
+        ({"kept_ids": [[8], [2, True]]}, "`kept_ids` holds true at index 1"),
+        ({"kept_ids": [[8, 8], [2]]}, "`kept_ids` names an id twice at index 0"),
+        ({"kept_ids": [[8], [3, 4]]}, "`kept_ids` at index 1 lacks the token 2"),
+        (TOPK | {"kept_ids": [[8], [2]]}, "has `kept_ids` and `topk_ids`"),
+        ({"version_spans": [[1, 4], [2]]}, "`version_spans` holds [2] at index 1"),
+        ({"version_spans": [[0, 4], [2, 4]]}, "`version_spans` holds [0, 4] at index 0"),
+        ({"version_spans": [[1, 4]]}, "`version_spans` covers 1 tokens, `response_ids` has 2"),
+        ({"version_spans": [[1, 3], [1, 4]]}, "begin with `policy_version`, which is 4"),
+        ({"version_spans": [[1, 4], [1, 3]]}, "the versions [4, 3]"),
+    ],
+)
+def test_kept_ids_and_versions_that_cannot_be_used_are_refused(tmp_path, changes, message):
+    path = write(tmp_path / "r.jsonl", group(**changes))
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert message in str(caught.value) and f"{path}:1" in str(caught.value)
+
+
+# Headers, compression, directories.
+
+SAMPLING = Sampling(1.0, 1.0, 0, 256, stop_ids=(2,), seed=7, stop_strings=("\n\n",))
+HEADER = make_header(
+    SAMPLING, engine="test", tokenizer_sha256="aa" * 32, weights_sha256=None, policy="tiny"
+)
+HEADER_LINE = {
+    "rollouts": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "max_response_length": 256,
+    "stop_ids": [2],
+    "stop_strings": ["\n\n"],
+    "seed": 7,
+    "engine": "test",
+    "tokenizer_sha256": "aa" * 32,
+    "weights_sha256": None,
+    "policy": "tiny",
+}
+
+
+def test_a_header_is_the_first_line_and_comes_back(tmp_path):
+    path = tmp_path / "r.jsonl"
+    write_rollouts(path, [Trajectory(r, 0.0, 0.0) for r, _ in plain_group()], HEADER)
+    with path.open() as file:
+        assert json.loads(file.readline()) == HEADER_LINE
+    assert read_header(path) == HEADER and len(read(path)) == 2
+    packed = tmp_path / "r.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_header(packed) == HEADER and len(read(packed)) == 2
+    write_rollouts(path, trajectories())
+    assert read_header(path) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollouts": 2}, "`rollouts` is 2; this program reads headers of format 1"),
+        ({"temperature": -1}, "`temperature` is -1; must be a number, 0 or more"),
+        ({"top_p": 0}, "`top_p` is 0; must be above 0"),
+        ({"top_k": 1.5}, "`top_k` is 1.5"),
+        ({"stop_ids": ["2"]}, '`stop_ids` is ["2"]'),
+        ({"seed": None}, "`seed` is null"),
+        ({"more": 1}, "unknown field `more`"),
+    ],
+)
+def test_a_header_that_cannot_be_used_is_refused(tmp_path, changes, message):
+    path = write(tmp_path / "r.jsonl", [HEADER_LINE | changes, *group()])
+    for reader in (read, read_header):
+        with pytest.raises(DataError) as caught:
+            reader(path)
+        assert f"{path}:1: " in str(caught.value) and message in str(caught.value)
+
+
+def test_a_header_without_a_field_or_in_another_line_is_refused(tmp_path):
+    short = {name: value for name, value in HEADER_LINE.items() if name != "seed"}
+    with pytest.raises(DataError, match="r.jsonl:1: the header has no `seed`"):
+        read(write(tmp_path / "r.jsonl", [short, *group()]))
+    with pytest.raises(DataError, match="r.jsonl:3: a header stands in the first line"):
+        read(write(tmp_path / "r.jsonl", [*group(), HEADER_LINE]))
+    with pytest.raises(DataError, match="has a header and no rollouts"):
+        read(write(tmp_path / "r.jsonl", [HEADER_LINE]))
+
+
+def test_kept_ids_and_the_header_must_agree(tmp_path):
+    cut = HEADER_LINE | {"top_p": 0.9}
+    with pytest.raises(DataError, match=r"r.jsonl:2: has no `kept_ids`, .* top_p 0.9, top_k 0"):
+        read(write(tmp_path / "r.jsonl", [cut, *group()]))
+    kept_ids = {"kept_ids": [[8], [2, 3]]}
+    assert len(read(write(tmp_path / "r.jsonl", [cut, *group(**kept_ids)]))) == 2
+    with pytest.raises(DataError, match=r"r.jsonl:2: has `kept_ids`, .* cuts nothing"):
+        read(write(tmp_path / "r.jsonl", [HEADER_LINE, *group(**kept_ids)]))
+
+
+def config(**rollout) -> Config:
+    return Config(
+        model=ModelConfig(hf_model="m"),
+        data=DataConfig(),
+        rollout=RolloutConfig(rollouts_file="R", **rollout),
+    )
+
+
+def test_a_header_is_held_against_the_run():
+    assert check_header(HEADER, config(), "aa" * 32) == []
+    own = config(rollout_temperature=0.7, rollout_top_p=0.9, rollout_top_k=5)
+    temperature, top_p, top_k, tokenizer = check_header(HEADER, own, "bb" * 32)
+    assert "--rollouts-file R: was sampled with temperature 1.0" in temperature
+    assert "--rollout-temperature 0.7" in temperature and "use --rollout-temperature 1.0" in (
+        temperature
+    )
+    assert "top_p 1.0" in top_p and "--rollout-top-p 0.9" in top_p
+    assert "top_k 0" in top_k and "--rollout-top-k 5" in top_k
+    assert "aaaaaaaaaaaa" in tokenizer and "bbbbbbbbbbbb" in tokenizer
+
+
+def tokenizer(**vocab: int) -> PreTrainedTokenizerFast:
+    words = models.WordLevel(vocab, unk_token="a")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
+
+
+def test_a_tokenizer_is_known_by_what_its_ids_mean():
+    first = tokenizer_sha256(tokenizer(a=0, b=1))
+    assert first == tokenizer_sha256(tokenizer(b=1, a=0))
+    assert first != tokenizer_sha256(tokenizer(a=1, b=0))
+    assert first != tokenizer_sha256(tokenizer(a=0, b=1, c=2))
+
+
+def shards(directory: Path, count: int = 2, *, header: bool = True) -> None:
+    for number in range(count):
+        lines = [x | {"id": f"p{number}"} for x in group()]
+        write(directory / shard_name(number, count, compress=False), [HEADER_LINE] * header + lines)
+
+
+def test_a_directory_is_read_in_the_order_of_its_files(tmp_path):
+    shards(tmp_path)
+    last = tmp_path / "rollouts-00001-of-00002.jsonl"
+    last.with_name(last.name + ".gz").write_bytes(gzip.compress(last.read_bytes()))
+    last.unlink()
+    (tmp_path / "notes.txt").write_text("not rollouts")
+    assert [rollout.prompt.id for rollout, _ in read(tmp_path)] == ["p0", "p0", "p1", "p1"]
+    assert read_header(tmp_path) == HEADER
+
+
+def test_a_directory_that_is_not_whole_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"holds neither \*.jsonl nor"):
+        read(tmp_path)
+    shards(tmp_path, 3)
+    (tmp_path / "rollouts-00001-of-00003.jsonl").rename(tmp_path / "aside")
+    with pytest.raises(DataError, match=r"rollouts-00001-of-00003 is missing \(1 of 3"):
+        read(tmp_path)
+    (tmp_path / "aside").rename(tmp_path / "rollouts-00001-of-00003.jsonl.partial")
+    with pytest.raises(DataError, match="00001-of-00003.jsonl.partial: is not finished"):
+        read(tmp_path)
+    assert len(read(tmp_path / "rollouts-00001-of-00003.jsonl.partial")) == 2
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p", "top_k", "tokenizer_sha256"])
+def test_files_of_different_laws_are_refused(tmp_path, field):
+    shards(tmp_path)
+    value = {"top_k": 3, "tokenizer_sha256": "cc"}.get(field, 0.5)
+    changed = [HEADER_LINE | {field: value}, *group(**{"kept_ids": [[8], [2]]})]
+    if field not in ("top_p", "top_k"):
+        changed = [changed[0], *group()]
+    path = write(tmp_path / "rollouts-00001-of-00002.jsonl", changed)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path)
+    assert f"{path}: has {field} {json.dumps(value)}" in str(caught.value)
+    assert json.dumps(HEADER_LINE[field])[:30] in str(caught.value)
+
+
+def test_a_file_without_header_beside_one_with_is_refused(tmp_path):
+    shards(tmp_path)
+    path = write(tmp_path / "rollouts-00001-of-00002.jsonl", group())
+    with pytest.raises(DataError) as caught:
+        read(tmp_path)
+    assert f"{path}: has no header" in str(caught.value)
+
+
+def test_problems_of_all_files_are_told_at_once(tmp_path):
+    shards(tmp_path)
+    for number in range(2):
+        path = tmp_path / shard_name(number, 2, compress=False)
+        with path.open("a") as file:
+            file.write("{\n")
+    with pytest.raises(DataError) as caught:
+        read(tmp_path)
+    assert str(caught.value).count("malformed JSON") == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "head"])
+def test_a_damaged_compressed_file_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "r.jsonl.gz"
+    content = bytearray(gzip.compress(b"".join(json.dumps(x).encode() + b"\n" for x in group())))
+    if damage == "cut":
+        del content[-20:]
+    else:
+        content[len(content) // 2 if damage == "flip" else 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="r.jsonl.gz: is damaged or not complete"):
+        read(path)
+
+
+# Writing over hours.
+
+SUFFIXES = pytest.mark.parametrize("suffix", ["", ".gz"])
+NAMES = ["a", "b", "c"]
+
+
+def write_all(path: Path, names: list[str] = NAMES, *, resume: bool = True) -> None:
+    with RolloutWriter(path, HEADER, samples_per_prompt=2, resume=resume) as writer:
+        for name in names:
+            if name not in writer.done:
+                writer.write(plain_group(name))
+
+
+@SUFFIXES
+def test_a_finished_file_is_read_like_any_other(tmp_path, suffix):
+    path = tmp_path / "new" / f"r.jsonl{suffix}"
+    with RolloutWriter(path, HEADER, samples_per_prompt=2) as writer:
+        writer.write(plain_group("a"))
+        assert [p.name for p in path.parent.iterdir()] == [path.name + ".partial"]
+        # Whatever a call was given is there for others already.
+        assert len(read(path.with_name(path.name + ".partial"))) == 2
+        writer.write([(rollout, None) for rollout, _ in plain_group("b")][:0])
+        writer.write(plain_group("b") + plain_group("c"))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert [(r.prompt.id, reward) for r, reward in read(path)] == [
+        (name, reward) for name in NAMES for reward in (0.0, 1.0)
+    ]
+    assert read_header(path) == HEADER
+    assert (path.read_bytes()[:2] == b"\x1f\x8b") == bool(suffix)
+    before = path.read_bytes()
+    with RolloutWriter(path, HEADER, samples_per_prompt=2, resume=True) as writer:
+        assert writer.finished and [*writer.done] == NAMES
+        assert writer.done["a"] == [5, 6]
+    assert path.read_bytes() == before
+
+
+@SUFFIXES
+def test_wherever_it_was_torn_it_continues_to_the_same_bytes(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # it has a test of its own, and takes long
+    whole = tmp_path / f"whole.jsonl{suffix}"
+    write_all(whole, resume=False)
+    content = whole.read_bytes()
+    torn = tmp_path / f"torn.jsonl{suffix}"
+    for size in range(0, len(content), 1 if suffix else 3):
+        torn.with_name(torn.name + ".partial").write_bytes(content[:size])
+        write_all(torn)
+        assert torn.read_bytes() == content, size
+        torn.unlink()
+
+
+@SUFFIXES
+def test_sigkill_at_any_moment_loses_at_most_the_group_under_way(tmp_path, suffix):
+    """A child writes without pause, and is killed again and again."""
+    path, names = tmp_path / f"r.jsonl{suffix}", [f"p{number}" for number in range(10_000)]
+    partial = path.with_name(path.name + ".partial")
+    draw, done = random.Random(5), []
+    for _ in range(15):
+        child = os.fork()
+        if child == 0:
+            try:
+                write_all(path, names)
+            finally:
+                os._exit(1)
+        time.sleep(draw.uniform(0.005, 0.05))
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert not path.exists()
+        if not partial.exists():
+            continue
+        before = done
+        with (
+            pytest.raises(KeyboardInterrupt),
+            RolloutWriter(path, HEADER, samples_per_prompt=2, resume=True) as writer,
+        ):
+            done = [*writer.done]
+            raise KeyboardInterrupt
+        assert done == names[: len(done)] and done[: len(before)] == before
+        if done:
+            assert [r.prompt.id for r, _ in read(partial)] == [n for n in done for _ in "12"]
+    assert len(done) >= 10
+    names = names[: len(done) + 2]
+    write_all(path, names)
+    whole = tmp_path / f"whole.jsonl{suffix}"
+    write_all(whole, names)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_what_was_written_is_on_the_disk(tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    path = tmp_path / "r.jsonl"
+    with RolloutWriter(path, HEADER, samples_per_prompt=2) as writer:
+        writer.write(plain_group("a"))
+        assert synced[-1] == path.with_name("r.jsonl.partial").stat().st_size > 500
+
+
+def test_what_is_there_is_not_overwritten(tmp_path):
+    path = tmp_path / "r.jsonl"
+    write_all(path, resume=False)
+    with pytest.raises(DataError, match="r.jsonl: is there already; continue it with --resume"):
+        write_all(path, resume=False)
+    path.rename(path.with_name("r.jsonl.partial"))
+    with pytest.raises(DataError, match="r.jsonl.partial: is there already"):
+        write_all(path, resume=False)
+
+
+def test_an_exception_leaves_the_file_to_be_continued(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with (
+        pytest.raises(KeyError),
+        RolloutWriter(path, HEADER, samples_per_prompt=2) as writer,
+    ):
+        writer.write(plain_group("a"))
+        raise KeyError
+    assert not path.exists()
+    write_all(path)
+    assert len(read(path)) == 6
+
+
+def test_it_continues_under_the_same_header_only(tmp_path):
+    path = tmp_path / "r.jsonl"
+    write_all(path, ["a"])
+    other = replace(HEADER, temperature=0.5, seed=8, engine="another")
+    with pytest.raises(DataError) as caught:
+        RolloutWriter(path, other, samples_per_prompt=2, resume=True)
+    message = str(caught.value)
+    assert "temperature 1.0, this run has 0.5" in message and "seed 7, this run has 8" in message
+    assert "engine" not in message
+    write(path, group())
+    with pytest.raises(DataError, match="r.jsonl:1: `rollouts` is null"):
+        RolloutWriter(path, HEADER, samples_per_prompt=2, resume=True)
+
+
+def test_two_writers_do_not_share_a_file(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with (
+        RolloutWriter(path, HEADER, samples_per_prompt=2),
+        pytest.raises(DataError, match="another process is writing it"),
+    ):
+        RolloutWriter(path, HEADER, samples_per_prompt=2, resume=True)
+
+
+@SUFFIXES
+def test_damage_in_the_middle_is_no_torn_end(tmp_path, suffix):
+    path = tmp_path / f"r.jsonl{suffix}"
+    write_all(path, resume=False)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 9] = b"\0" * 9
+    partial = path.with_name(path.name + ".partial")
+    path.unlink()
+    partial.write_bytes(content)
+    with pytest.raises(DataError, match="is damaged .*; delete the file"):
+        write_all(path)
+    assert partial.read_bytes() == content
+
+
+def test_the_header_of_a_file_is_its_samplings():
+    assert isinstance(HEADER, FileHeader)
+    assert HEADER.truncated is SAMPLING.truncated is False
+    cut = replace(SAMPLING, top_p=0.5)
+    assert replace(HEADER, top_p=0.5).truncated is cut.truncated is True

@@ -1,9 +1,10 @@
 """Weights into and out of Megatron model chunks, in any TP / PP / VPP / EP layout.
 
 In: a checkpoint behind `Weights`, and the chunks of one rank. Out: filled parameters
-(`load_weights`), or a Hugging Face directory (`export_hf`). The tables of `checkpoint.families` say
-what converts into what; this module finds the parameter of each entry, and moves them one by one,
-so that memory holds one parameter besides the model.
+(`load_weights`), a Hugging Face directory (`export_hf`), or its tensors one after another
+(`FullTensors`). The tables of `checkpoint.families` say what converts into what; this module finds
+the parameter of each entry, and moves them one by one, so that memory holds one parameter besides
+the model.
 """
 
 from __future__ import annotations
@@ -131,10 +132,9 @@ def export_hf(
             before = sum(counts[: stage * ep_size + ep_rank])
             writer.file_names = hf.file_names(sum(counts))[before : before + writer.num_files]
 
-        for each in bound:
-            shards = _gather(each, tp_group)
+        for name, value in _whole(bound, architecture, tp_group):
             if writer and not problem:  # else go on, since the other ranks gather, too
-                problem = _attempt(writer.write, each.entry, shards)
+                problem = _attempt(writer.write, name, value)
         written = _agree(problem, groups, writer and (writer.records, writer.files))
 
         if leads:
@@ -147,6 +147,74 @@ def export_hf(
         if leads:  # all ranks have reported, so none still writes there
             shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+class FullTensors:
+    """The whole model as Hugging Face tensors, one after another on rank 0, in their own dtype.
+
+    What `export_hf` writes to files, for one receiver.
+
+    Example, on every rank:
+        tensors = FullTensors(architecture, chunks, tp_group=tp, world=world, dp_rank=dp_rank)
+        for name, value in tensors.stream():  # nothing to iterate over but on rank 0
+            send(name, value)
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        chunks: Sequence[nn.Module],
+        *,
+        tp_group: Group,
+        ep_group: Group = None,
+        world: Group,
+        dp_rank: int,
+    ) -> None:
+        """Find out who holds what; collective over `world`.
+
+        Args:
+            world: all ranks, on the device of the parameters; its rank 0 receives.
+            dp_rank: this rank's data-parallel replica; replicas 0 to ep_size - 1 send.
+
+        Raises:
+            CheckpointError: on every rank, if the chunks are not of this architecture.
+        """
+        self._architecture, self._tp_group, self._world = architecture, tp_group, world
+        ep_rank, ep_size = _place(ep_group)
+        self._bound: list[_Bound] = []
+        problem = None
+        if dp_rank < ep_size:
+            problem = _attempt(_bind_exported, self._bound, architecture, chunks, ep_rank, ep_size)
+        own = _described(self._bound, architecture) if _place(tp_group)[0] == 0 else {}
+        self._held: list[dict[str, hf.Described]] = _agree(problem, (world,), own)
+
+    @property
+    def described(self) -> dict[str, hf.Described]:
+        """dtype and shape of every tensor, in the order of `stream`; the same on every rank."""
+        return {name: each for held in self._held for name, each in held.items()}
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each tensor, on rank 0 of `world`; elsewhere nothing.
+
+        Collective: every rank must go through to the end, rank 0 even if it has no more use for
+        the values. They are contiguous and on the parameters' device; some are the parameters
+        themselves.
+        """
+        rank, _ = _place(self._world)
+        own = _whole(self._bound, self._architecture, self._tp_group)
+        for name, value in own:
+            value = value.contiguous()
+            if rank == 0:
+                yield name, value
+            else:
+                dist.send(value, group=self._world, group_dst=0)
+        if rank == 0:
+            device = self._bound[0].parameter.device
+            for source, held in enumerate(self._held[1:], start=1):
+                for name, (dtype, shape) in held.items():
+                    value = torch.empty(shape, dtype=dtype, device=device)
+                    dist.recv(value, group=self._world, group_src=source)
+                    yield name, value
 
 
 # --- Which parameter is which entry -------------------------------------------------------------
@@ -251,6 +319,32 @@ def _bind_exported(
     ]
 
 
+def _described(bound: Sequence[_Bound], architecture: Architecture) -> dict[str, hf.Described]:
+    """dtype and shape of the tensors that `_whole` makes of these parameters, in its order."""
+    return {
+        name: (each.parameter.dtype, shape)
+        for each in bound
+        for name, shape in zip(
+            each.entry.hf, each.entry.transform.hf_shapes(architecture), strict=True
+        )
+    }
+
+
+def _whole(
+    bound: Sequence[_Bound], architecture: Architecture, tp_group: Group
+) -> Iterator[tuple[str, Tensor]]:
+    """Each Hugging Face tensor of these parameters, on the first TP rank; on others nothing.
+
+    Collective over `tp_group`; the shards of one parameter are held at a time.
+    """
+    for each in bound:
+        shards = _gather(each, tp_group)
+        if _place(tp_group)[0] == 0:
+            values = each.entry.transform.to_hf(shards, architecture)
+            yield from zip(each.entry.hf, values, strict=True)
+            del values  # or they would be held while the next parameter is gathered
+
+
 def _gather(bound: _Bound, tp_group: Group) -> list[Tensor]:
     """The parameter's shards of all TP ranks, in their order."""
     own = bound.parameter.detach()
@@ -272,14 +366,8 @@ class _Writer:
         bound: Sequence[_Bound],
         max_bytes: int,
     ) -> None:
-        self._staging, self._architecture = staging, architecture
-        self._tensors = {
-            name: (each.parameter.dtype, shape)
-            for each in bound
-            for name, shape in zip(
-                each.entry.hf, each.entry.transform.hf_shapes(architecture), strict=True
-            )
-        }
+        self._staging = staging
+        self._tensors = _described(bound, architecture)
         self._plan = hf.plan_files(self._tensors, max_bytes)
         self._file: hf.SafetensorsFile | None = None
         self.num_files = len(self._plan)
@@ -290,22 +378,20 @@ class _Writer:
         """Name of the file of each tensor."""
         self._closed = 0
 
-    def write(self, entry: Entry, shards: Sequence[Tensor]) -> None:
-        """Write the tensors of the next entry."""
-        values = entry.transform.to_hf(shards, self._architecture)
-        for name, value in zip(entry.hf, values, strict=True):
-            if self._file is None:
-                path = self._staging / self.file_names[self._closed]
-                tensors = {name: self._tensors[name] for name in self._plan[self._closed]}
-                self._file = hf.SafetensorsFile(path, tensors)
-            sha256 = self._file.write(name, value)
-            dtype, shape = self._tensors[name]
-            self.records[name] = manifest.TensorRecord(shape, manifest.dtype_name(dtype), sha256)
-            self.files[name] = self._file.path.name
-            if name == self._plan[self._closed][-1]:
-                self._file.close()
-                self._file = None
-                self._closed += 1
+    def write(self, name: str, value: Tensor) -> None:
+        """Write the next tensor."""
+        if self._file is None:
+            path = self._staging / self.file_names[self._closed]
+            tensors = {name: self._tensors[name] for name in self._plan[self._closed]}
+            self._file = hf.SafetensorsFile(path, tensors)
+        sha256 = self._file.write(name, value)
+        dtype, shape = self._tensors[name]
+        self.records[name] = manifest.TensorRecord(shape, manifest.dtype_name(dtype), sha256)
+        self.files[name] = self._file.path.name
+        if name == self._plan[self._closed][-1]:
+            self._file.close()
+            self._file = None
+            self._closed += 1
 
     def abort(self) -> None:
         """Leave no unfinished file."""

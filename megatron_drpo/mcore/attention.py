@@ -1,15 +1,22 @@
 """Core attention for packed rows and for the KV cache: one function for training and generation.
 
 Where it fits: named in the layer spec as the core attention. What a forward pass looks like travels
-in `packed_seq_params`, Megatron's own argument for it: `RowLayout` (sequences laid end to end) or
-`DecodeLayout` (one new token for each active response). Transformer Engine's attention keeps
-training rows (`qkv_format="thd"`) and hands the other two layouts to the function here.
+in `packed_seq_params`, Megatron's own argument for it: `RowLayout` (sequences laid end to end),
+`PrefillLayout` (pieces of prompts, which fill the cache) or `DecodeLayout` (one new token for each
+active response). Transformer Engine's attention keeps training rows (`qkv_format="thd"`) and hands
+the other layouts to the function here.
+
+Generation has training's bits (docs/notes.md) as long as no GEMM takes another kernel or another
+order of summation: at least `MIN_ROWS` rows everywhere, key lengths in steps of `KEY_BLOCK`, and
+sums over keys in pieces of `SUM_BLOCK`. Keys that a token does not see then add zeros to its sums.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -18,17 +25,18 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_drpo.vocab_parallel.gemm import MIN_ROWS
+from megatron_drpo.vocab_parallel.gemm import KEY_BLOCK, MIN_ROWS, round_up
 
-KEY_BLOCK = 64
-"""Key lengths are rounded up to this, so that training and generation sum in the same order."""
+SUM_BLOCK = 128
+"""GEMMs that sum over more keys than this split them in ways that depend on their number."""
 
 
 @dataclass
 class KVCache:
     """Keys and values of the active responses, one pair of tensors per local layer.
 
-    `layers[n]`: (keys, values), each [slots, length, query groups / tp, head dim].
+    `layers[n]`: (keys, values), each [slots, query groups / tp, length, head dim]: the first slots
+    of a cache, and the first positions of these, are the operands of a GEMM without a copy.
     """
 
     num_slots: int
@@ -36,17 +44,51 @@ class KVCache:
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The cache of one layer, made at first use with the dtype and heads of `like`."""
+        """The cache of one layer, made at first use with the dtype and heads of `like` [..., D]."""
         if number not in self.layers:
-            shape = (self.num_slots, self.length, *like.shape[-2:])
+            groups, dim = like.shape[-2:]
+            shape = (self.num_slots, groups, self.length, dim)
             self.layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
         return self.layers[number]
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy slots `source` onto slots `target` (int64 indices, disjoint)."""
-        for keys, values in self.layers.values():
-            keys[target] = keys[source]
-            values[target] = values[source]
+    def copy(self, source: Tensor, target: Tensor, length: int | None = None) -> None:
+        """Copy slots `source` onto slots `target` (int64 indices, disjoint): all, or `length`."""
+        for layer in self.layers.values():
+            for part in layer:
+                part[target, :, :length] = part[source, :, :length]
+
+    def resize(self, num_slots: int, length: int) -> None:
+        """Make room for so many slots and positions; what is cached there stays."""
+        slots, positions = min(num_slots, self.num_slots), min(length, self.length)
+        self.num_slots, self.length = num_slots, length
+        for number, layer in self.layers.items():
+            groups, dim = layer[0].size(1), layer[0].size(3)
+            new = [part.new_zeros((num_slots, groups, length, dim)) for part in layer]
+            for part, old in zip(new, layer, strict=True):
+                part[:slots, :, :positions] = old[:slots, :, :positions]
+            self.layers[number] = (new[0], new[1])
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of a sequence. Example: Piece(slot=3, start=512, length=100)."""
+
+    slot: int
+    start: int
+    """Tokens of the sequence that are in the cache already."""
+    length: int
+
+
+class Bucket(NamedTuple):
+    """Pieces of a row whose queries see about as many keys, and so are computed together."""
+
+    index: Tensor
+    """int64 [n, L]: the row's token at place l of piece n; any token beyond its length."""
+    key_length: int
+    """Positions that any of the tokens sees, rounded up to KEY_BLOCK."""
+    slots: Tensor
+    """int64 [n], in the cache."""
+    starts: Tensor
+    """int64 [n]."""
 
 
 @dataclass
@@ -56,74 +98,130 @@ class RowLayout(PackedSeqParams):
     `qkv_format` stays "sbhd" for Megatron, which then applies rotary embeddings by token.
     """
 
-    index: Tensor = None  # type: ignore[assignment]
-    """int64 [N, L]: the row's token at position l of sequence n; any token beyond its length."""
+    buckets: Sequence[Bucket] = ()
     inverse: Tensor = None  # type: ignore[assignment]
-    """int64 [S]: n * L + l of each token; 0 at padding."""
-    cache: KVCache | None = None
-    """Where a prefill also writes keys and values, at `slots` and `positions` of each token."""
-    slots: Tensor | None = None
-    """int64 [S], only with `cache`."""
-    positions: Tensor | None = None
-    """int64 [S], only with `cache`."""
+    """int64 [S]: where each token is in all buckets laid end to end; 0 at padding."""
+
+
+@dataclass
+class PrefillLayout(RowLayout):
+    """As a row, of pieces of prompts; keys and values are written to the cache and read there."""
+
+    cache: KVCache = None  # type: ignore[assignment]
+    slots: Tensor = None  # type: ignore[assignment]
+    """int64 [S], of each token."""
+    positions: Tensor = None  # type: ignore[assignment]
+    """int64 [S]."""
 
 
 @dataclass
 class DecodeLayout(PackedSeqParams):
-    """One token for each of the first B slots of the cache, at `positions` int64 [B]."""
+    """One token for each of the first B slots of the cache, whose keys its query then sees."""
 
     cache: KVCache = None  # type: ignore[assignment]
+    slots: Tensor = None  # type: ignore[assignment]
+    """int64 [B]: 0 to B - 1."""
     positions: Tensor = None  # type: ignore[assignment]
-    key_length: int = 0
-    """Cached positions that any of the B tokens can see, rounded up to KEY_BLOCK."""
-
-
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    """int64 [B]."""
+    hidden: Tensor = None  # type: ignore[assignment]
+    """bool [B, 1, 1, 1, Lk]: cached positions that each token does not see."""
+    exact: bool = True
+    """Spend equal rows on having the bits of training."""
 
 
 def row_layout(cu_seqlens: Tensor, num_tokens: int) -> RowLayout:
     """The layout of a row of `num_tokens` whose sequences begin at `cu_seqlens` [N + 1]."""
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    if starts.numel() == 0:  # padding only: treat it as one sequence
-        starts, ends = starts.new_zeros(1), starts.new_full((1,), num_tokens)
-    longest = round_up(int((ends - starts).max()), MIN_ROWS)
-    offsets = torch.arange(longest, device=starts.device)
-    index = starts[:, None] + offsets
-    real = index < ends[:, None]
-    inverse = starts.new_zeros(num_tokens)
-    inverse[index[real]] = torch.arange(index.numel(), device=starts.device)[real.flatten()]
-    return RowLayout(qkv_format="sbhd", index=index.clamp(max=num_tokens - 1), inverse=inverse)
+    bounds = cu_seqlens.tolist()
+    if len(bounds) == 1:  # padding only: treat it as one sequence
+        bounds = [0, num_tokens]
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    pieces = [Piece(0, 0, length) for length in lengths]
+    return RowLayout(qkv_format="sbhd", **_buckets(pieces, num_tokens, cu_seqlens.device))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
+def prefill_layout(
+    pieces: Sequence[Piece], num_tokens: int, cache: KVCache, device: torch.device
+) -> PrefillLayout:
+    """The layout of a row of `num_tokens` that begins with the tokens of `pieces`, end to end.
+
+    Tokens beyond them are padding, and repeat the first token.
+    """
+    missing = num_tokens - sum(piece.length for piece in pieces)
+    padding = [Piece(pieces[0].slot, pieces[0].start, 1)] * missing
+    every = [*pieces, *padding]
+    return PrefillLayout(
+        qkv_format="sbhd",
+        cache=cache,
+        slots=torch.tensor([piece.slot for piece in every for _ in range(piece.length)]).to(device),
+        positions=torch.cat(
+            [torch.arange(piece.start, piece.start + piece.length) for piece in every]
+        ).to(device),
+        **_buckets(pieces, num_tokens, device),
+    )
+
+
+def _buckets(pieces: Sequence[Piece], num_tokens: int, device: torch.device) -> dict:
+    """`buckets` and `inverse` of a row: pieces apart whose numbers of keys are far apart, so that
+    a long one costs the short ones nothing."""
+    by_length: dict[int, list[tuple[int, Piece]]] = {}
+    offset = 0
+    for piece in pieces:
+        key_length = round_up(piece.start + piece.length, KEY_BLOCK)
+        by_length.setdefault(key_length, []).append((offset, piece))
+        offset += piece.length
+    buckets, before = [], 0
+    inverse = torch.zeros(num_tokens, dtype=torch.long)
+    for key_length, members in by_length.items():
+        longest = round_up(max(piece.length for _, piece in members), MIN_ROWS)
+        offsets = torch.tensor([offset for offset, _ in members])
+        lengths = torch.tensor([piece.length for _, piece in members])
+        place = torch.arange(longest)
+        index = offsets[:, None] + place
+        real = place < lengths[:, None]
+        inverse[index[real]] = before + torch.arange(index.numel())[real.flatten()]
+        before += index.numel()
+        slots = torch.tensor([piece.slot for _, piece in members])
+        starts = torch.tensor([piece.start for _, piece in members])
+        buckets.append(
+            Bucket(
+                index.clamp(max=num_tokens - 1).to(device),
+                key_length,
+                slots.to(device),
+                starts.to(device),
+            )
+        )
+    return {"buckets": buckets, "inverse": inverse.to(device)}
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
     """Softmax attention with grouped queries, softmax in fp32.
 
     Args:
-        query: [B, Lq, heads, D].
-        key, value: [B, Lk, groups, D]; heads are `heads / groups` consecutive ones per group.
-        visible: bool, broadcastable to [B, Lq, Lk]: the keys that a query sees, at least one.
+        query: [B, groups, heads / groups, Lq, D].
+        key, value: [B, groups, Lk, D].
+        hidden: bool, broadcastable to [B, groups, heads / groups, Lq, Lk]: the keys that a query
+            does not see, not all of them.
         scale: factor of the scores.
 
     Returns:
-        [B, Lq, heads * D].
+        As `query`.
     """
-    batch, queries, heads, dim = query.shape
-    groups = key.size(2)
-    q = query.view(batch, queries, groups, heads // groups, dim).permute(0, 2, 3, 1, 4)
-    scores = q.reshape(batch, groups, -1, dim) @ key.permute(0, 2, 3, 1)
-    scores = scores.view(batch, groups, heads // groups, queries, -1).float() * scale
-    visible = visible.expand(batch, queries, -1)[:, None, None]
-    probs = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(value.dtype)
-    out = probs.view(batch, groups, -1, probs.size(-1)) @ value.permute(0, 2, 1, 3)
-    out = out.view(batch, groups, heads // groups, queries, dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(batch, queries, heads * dim)
+    scores = query.flatten(2, 3) @ key.transpose(-1, -2)
+    scores = scores.float().view(*query.shape[:-1], -1)
+    probs = scores.mul_(scale).masked_fill_(hidden, -torch.inf).softmax(-1)
+    return _weighted_sum(probs.to(value.dtype).flatten(2, 3), value).view(query.shape)
 
 
-def _pad_length(tensor: Tensor, length: int) -> Tensor:
-    """Zeros after dim 1 up to `length`."""
-    missing = length - tensor.size(1)
-    return torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor
+def _weighted_sum(probs: Tensor, value: Tensor) -> Tensor:
+    """probs [B, groups, n, Lk] @ value [B, groups, Lk, D], in an order that zeros do not change."""
+    if probs.size(-1) <= SUM_BLOCK:
+        return probs @ value
+    parts = zip(probs.split(SUM_BLOCK, -1), value.split(SUM_BLOCK, -2), strict=True)
+    first, second = next(parts)
+    total = (first @ second).float()
+    for first, second in parts:
+        total = total + (first @ second)
+    return total.to(value.dtype)
 
 
 def attend_layout(
@@ -143,39 +241,67 @@ def attend_layout(
         [S, 1, heads / tp * D].
     """
     query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-    if isinstance(layout, RowLayout):
-        if layout.cache is not None:
-            keys, values = layout.cache.layer(layer_number, key)
-            keys[layout.slots, layout.positions] = key
-            values[layout.slots, layout.positions] = value
-        index = layout.index
-        length = index.size(1)
-        key_length = round_up(length, KEY_BLOCK)
-        steps = torch.arange(key_length, device=query.device)
+    tokens, groups = key.shape[:2]
+    query = query.view(tokens, groups, -1, query.size(-1))
+    if isinstance(layout, DecodeLayout):
+        return _decode(query, key, value, layout, layer_number, scale).reshape(tokens, 1, -1)
+    cached = None
+    if isinstance(layout, PrefillLayout):
+        cached = layout.cache.layer(layer_number, key)
+        for part, new in zip(cached, (key, value), strict=True):
+            part[layout.slots, :, layout.positions] = new
+    outs = []
+    for bucket in layout.buckets:
+        length, key_length = bucket.index.size(1), bucket.key_length
+        if cached is None:
+            keys, values = (_pad_length(x[bucket.index], key_length) for x in (key, value))
+        else:
+            keys, values = (part[bucket.slots, :, :key_length] for part in cached)
+        place = torch.arange(max(length, key_length), device=query.device)
+        last = (place[:length] + bucket.starts[:, None])[:, None, None, :, None]
         out = attend(
-            query[index],
-            _pad_length(key[index], key_length),
-            _pad_length(value[index], key_length),
-            steps <= steps[:length, None],
+            query[bucket.index].permute(0, 2, 3, 1, 4),
+            keys,
+            values,
+            place[:key_length] > last,
             scale,
         )
-        return out.flatten(0, 1)[layout.inverse].unsqueeze(1)
-    batch = layout.positions.numel()
+        outs.append(out.permute(0, 3, 1, 2, 4).flatten(0, 1))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out.flatten(1)[layout.inverse].unsqueeze(1)
+
+
+def _pad_length(tensor: Tensor, length: int) -> Tensor:
+    """[n, groups, length, D] of [n, L, groups, D]: zeros after L."""
+    missing = length - tensor.size(1)
+    if missing:
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, 0, 0, missing))
+    return tensor.transpose(1, 2).contiguous()
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: DecodeLayout,
+    layer_number: int,
+    scale: float,
+) -> Tensor:
+    """[B, groups, heads / groups, D], of query in this shape."""
     keys, values = layout.cache.layer(layer_number, key)
-    slots = torch.arange(batch, device=query.device)
-    keys[slots, layout.positions] = key
-    values[slots, layout.positions] = value
-    steps = torch.arange(layout.key_length, device=query.device)
-    # Equal query rows up to MIN_ROWS, for the same GEMM kernel as in training.
-    rows = -(-MIN_ROWS * key.size(1) // query.size(1))
+    keys[layout.slots, :, layout.positions] = key
+    values[layout.slots, :, layout.positions] = value
+    batch, length = layout.positions.numel(), layout.hidden.size(-1)
+    # Equal rows up to MIN_ROWS, for the same GEMM kernel as in training.
+    rows = -(-MIN_ROWS // query.size(2)) if layout.exact else 1
     out = attend(
-        query[:, None].expand(-1, rows, -1, -1).contiguous(),
-        keys[:batch, : layout.key_length],
-        values[:batch, : layout.key_length],
-        (steps <= layout.positions[:, None])[:, None],
+        query[:, :, :, None].expand(-1, -1, -1, rows, -1),
+        keys[:batch, :, :length],
+        values[:batch, :, :length],
+        layout.hidden,
         scale,
     )
-    return out[:, :1].transpose(0, 1).reshape(batch, 1, -1)
+    return out[:, :, :, 0]
 
 
 class CoreAttention(MegatronModule):

@@ -40,6 +40,9 @@ class Layout:
     ep_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    draw_group: dist.ProcessGroup
+    """The ranks of `pp_group`, for what the last stage tells the others while hidden states travel
+    in that one."""
     ep_group: dist.ProcessGroup
     """The data-parallel ranks that hold all experts of a layer together."""
     replica_group: dist.ProcessGroup
@@ -136,6 +139,7 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
         tp_group=groups.get_tensor_model_parallel_group(),
         pp_group=groups.get_pipeline_model_parallel_group(),
+        draw_group=_twin(groups.get_pipeline_model_parallel_group(), control, timeout),
         ep_group=groups.get_expert_model_parallel_group(),
         replica_group=replica,
         control_group=control,
@@ -155,11 +159,24 @@ def _replica_group(control: dist.ProcessGroup, timeout: timedelta) -> dist.Proce
     replicas: dict[int, list[int]] = {}
     for rank in sorted(range(len(members)), key=lambda rank: members[rank]):
         replicas.setdefault(members[rank][0], []).append(rank)
+    group: Any
     group, _ = dist.new_subgroups_by_enumeration(
         list(replicas.values()), timeout=timeout, backend="gloo"
     )
-    assert group is not None, "every rank belongs to a replica"
     return group
+
+
+def _twin(
+    group: dist.ProcessGroup, control: dist.ProcessGroup, timeout: timedelta
+) -> dist.ProcessGroup:
+    """Another group of the ranks of `group`; collective over all ranks, who form such groups."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, tuple(dist.get_process_group_ranks(group)), group=control)
+    # All ranks have to make all groups, in the same order.
+    twins: dict[Any, Any] = {
+        ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in sorted(set(every))
+    }
+    return twins[every[dist.get_rank()]]
 
 
 def destroy(layout: Layout) -> None:

@@ -45,7 +45,7 @@ from megatron_drpo.objectives import build_objective
 from megatron_drpo.packing import pack
 from megatron_drpo.row_loss import OutputLayer, check_finite, fused_loss, plain_loss, score
 from megatron_drpo.types import Row, Trajectory
-from megatron_drpo.vocab_parallel import TokenScores
+from megatron_drpo.vocab_parallel import TokenScores, kept_to
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,15 @@ class Policy:
         *,
         weights: Path,
         reference: tuple[Architecture, Path] | None = None,
+        training: bool = True,
     ) -> Policy:
         """The policy with the weights that training starts from, ready to train.
 
         Args:
             weights: directory of the checkpoint that holds them.
             reference: both of these of the frozen reference model, where the objective needs one.
+            training: False builds neither gradient buffers nor optimizer, for generation and
+                scoring alone.
         """
         policy = cls(config, architecture, layout, device)
         # What a resumed run loads here is replaced at once.
@@ -110,6 +113,10 @@ class Policy:
         policy.verified = load(
             weights, architecture, policy.models, layout, verify=verify and not resumed
         )
+        if not training:
+            # Not frozen: Megatron multiplies frozen weights in another way, with other bits.
+            policy.chunks = policy.models
+            return policy
         needs = policy.objective.needs
         if needs.reference_logprobs or needs.reference_kl:
             assert reference is not None, "preflight finds it where it is needed"
@@ -245,11 +252,24 @@ class Policy:
         return Update(grad_norm, lr, skipped=not finite)
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Row]) -> list[TokenScores]:
-        """Log-probs and entropy of each row's loss tokens; on the last stage, else empty."""
+    def score(
+        self, rows: Sequence[Row], *, temperature: float | None = None, untruncated: bool = False
+    ) -> list[TokenScores]:
+        """Log-probs and entropy of each row's loss tokens; on the last stage, else empty.
+
+        Args:
+            rows: as `pack` makes them.
+            temperature: above 0; None is the one that responses are sampled at.
+            untruncated: over the whole vocabulary, whatever ids the rows say were kept.
+        """
         for chunk in self.chunks:
             chunk.eval()
-        return self._run_schedule(self.chunks, rows, self._score, forward_only=True)
+        layer = self._output
+        if temperature is not None:
+            layer = replace(layer, temperature=temperature)
+        if untruncated:
+            rows = [replace(row, kept_ids=None) for row in rows]
+        return self._run_schedule(self.chunks, rows, partial(self._score, layer), forward_only=True)
 
     # What the verbs share.
 
@@ -293,12 +313,12 @@ class Policy:
 
     # What the last stage makes of its hidden states [S, 1, H].
 
-    def _score(self, row: Row, hidden: Tensor):
-        scores = score(row, hidden[:, 0], self.models[-1].output_weight(), self._output)
+    def _score(self, layer: OutputLayer, row: Row, hidden: Tensor):
+        scores = score(row, hidden[:, 0], self.models[-1].output_weight(), layer)
         return hidden.new_zeros(()), row_count(row, hidden), scores
 
     def _score_old(self, row: Row, hidden: Tensor):
-        loss, count, scores = self._score(row, hidden)
+        loss, count, scores = self._score(self._output, row, hidden)
         known = {"old_logprobs": scores.logprobs}
         if self.objective.needs.behaviour_l2:
             known["behaviour_hidden"] = hidden[row.loss_index, 0]
@@ -341,4 +361,7 @@ def row_count(row: Row, like: Tensor) -> Tensor:
 def to_device(row: Row, device: torch.device) -> Row:
     """The row with its tensors on `device`."""
     tensors = {name: value for name, value in vars(row).items() if isinstance(value, Tensor)}
-    return replace(row, **{name: value.to(device) for name, value in tensors.items()})
+    moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
+    if row.kept_ids is not None:
+        moved["kept_ids"] = kept_to(row.kept_ids, device)
+    return replace(row, **moved)

@@ -2,28 +2,33 @@
 
 In: a sampled response with its prompt's reference answer (`RewardRequest`). Out: one finite number
 per response. A reward is a plain function of one request; `exact` and `math` are two such functions
-of this package, `MODULE:FUNCTION` is one of the user's.
+of this package, `MODULE:FUNCTION` is one of the user's, and an http:// or https:// address is that
+of a service that computes it.
 
-Score on one rank and send the numbers to the others: a user's function need not be deterministic,
-and a time limit never is.
+    __init__.py     what a reward is, and how the one that is asked for is found
+    exact.py math_answer.py
+    pool.py         `RewardPool`: the rewards of a batch, in processes of their own or by a service
+    worker.py       what such a process runs
+    service.py      the service's client
+
+Workers import this module: it needs neither torch nor numpy. Score on one rank of a replica and
+send the numbers to the others: a user's function need not be deterministic, and a time limit never
+is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import numbers
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
-
-import numpy as np
+from typing import Any, SupportsFloat, cast
 
 from megatron_drpo.errors import DataError, RewardError
-from megatron_drpo.types import FinishReason, Prompt, Rollout
-from megatron_drpo.user_code import described, did_you_mean, load_function
+from megatron_drpo.types import FinishReason, Prompt
+from megatron_drpo.user_code import did_you_mean, load_function
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ BUILT_IN = {
 """Rewards with a name of their own; both compare with the prompt's answer."""
 
 
+def is_service(name: str) -> bool:
+    """Whether `--reward` is the address of a service, and no function."""
+    return name.startswith(("http://", "https://"))
+
+
 def load_reward(name: str) -> Reward:
     """The function behind `--reward`: a built-in name or MODULE:FUNCTION.
 
@@ -68,10 +78,20 @@ def load_reward(name: str) -> Reward:
     module_name, colon, function_name = target.partition(":")
     if not (colon and module_name and function_name):
         raise RewardError(
-            f"--reward {name}: unknown; use {', '.join(BUILT_IN)}, or MODULE:FUNCTION of your own"
-            + did_you_mean(name, BUILT_IN)
+            f"--reward {name}: unknown; use {', '.join(BUILT_IN)}, MODULE:FUNCTION of your own, or "
+            "the http:// or https:// address of a service" + did_you_mean(name, BUILT_IN)
         )
     return cast(Reward, load_function(f"--reward {name}", target, RewardError))
+
+
+def finite_number(value: object) -> float | None:
+    """What a user's code gave as a number: any kind of one, numpy's too; None if it is no finite
+    one."""
+    if hasattr(type(value), "__float__"):  # text has none
+        with contextlib.suppress(Exception):  # an integer beyond fp64, an array of two numbers
+            number = float(cast(SupportsFloat, value))
+            return number if math.isfinite(number) else None
+    return None
 
 
 def check_prompts(name: str, prompts: Sequence[Prompt]) -> None:
@@ -95,51 +115,6 @@ def check_prompts(name: str, prompts: Sequence[Prompt]) -> None:
         )
 
 
-def score(
-    reward: Reward, name: str, rollouts: Sequence[Rollout], timeout_seconds: float
-) -> list[float]:
-    """The reward of each response, in order. To be called in the main thread (`time_limit`).
-
-    Args:
-        reward: as `load_reward` gives it.
-        name: its name, for messages.
-        rollouts: the responses.
-        timeout_seconds: how long one response may take.
-
-    Raises:
-        RewardError: the function raised, took too long, or returned no finite number; names the
-            prompt and the sample.
-    """
-    return [_score_one(reward, name, rollout, timeout_seconds) for rollout in rollouts]
-
-
-def _score_one(reward: Reward, name: str, rollout: Rollout, timeout_seconds: float) -> float:
-    prompt = rollout.prompt
-    where = f"--reward {name}, prompt {prompt.id!r}, sample {rollout.sample}"
-    request = RewardRequest(
-        prompt.text, rollout.response_text, prompt.answer, rollout.finish_reason, prompt.metadata
-    )
-    try:
-        with time_limit(timeout_seconds):
-            value = reward(request)
-    except TimeLimitExpired as error:
-        raise RewardError(
-            f"{where}: took longer than --reward-timeout-seconds {timeout_seconds:g}; "
-            "make the reward faster, or raise the limit"
-        ) from error
-    except (Exception, SystemExit) as error:  # an exit would look like the end of the run
-        raise RewardError(f"{where}: raised {described(error)}") from error
-    number = math.nan
-    if isinstance(value, numbers.Real | np.bool_):
-        with contextlib.suppress(OverflowError):  # an integer beyond fp64
-            number = float(value)
-    if not math.isfinite(number):
-        raise RewardError(
-            f"{where}: returned {value!r} ({type(value).__name__}); must be a finite number"
-        )
-    return number
-
-
 class TimeLimitExpired(BaseException):
     """The time of `time_limit` is up; no Exception, so that code inside cannot swallow it."""
 
@@ -148,8 +123,8 @@ class TimeLimitExpired(BaseException):
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise `TimeLimitExpired` in the body after so many seconds; limits may be nested.
 
-    By a signal, since a thread that hangs cannot be ended: it interrupts Python code and waiting,
-    but only in the main thread. A timer found running (an outer limit, a test's) goes on after.
+    By a signal, so in the main thread only, as that of a reward worker is; it interrupts Python
+    code and waiting. A timer found running (an outer limit, a test's) goes on after.
     """
     again = 0.5  # What is raised inside a __del__ or a gc callback is lost: repeat it.
 

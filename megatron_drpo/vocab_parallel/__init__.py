@@ -8,6 +8,15 @@ which skips the collectives and nothing else, so each function is its own refere
 
 from megatron_drpo.vocab_parallel.divergence import Normalizer, divergence, normalizers_of
 from megatron_drpo.vocab_parallel.gemm import project
+from megatron_drpo.vocab_parallel.kept import (
+    cat_kept,
+    holds,
+    keep_only,
+    kept_to,
+    outside,
+    select_kept,
+    uncut,
+)
 from megatron_drpo.vocab_parallel.linear import (
     Other,
     Scores,
@@ -25,13 +34,20 @@ __all__ = [
     "Scores",
     "TokenScores",
     "TopK",
+    "cat_kept",
     "counter_uniforms",
     "divergence",
     "fused_linear_objective",
+    "holds",
+    "keep_only",
+    "kept_to",
     "linear_scores",
     "logprobs_and_entropy",
     "normalizers_of",
+    "outside",
     "project",
     "sample",
+    "select_kept",
+    "uncut",
     "vocab_parallel_topk",
 ]

@@ -18,9 +18,18 @@ from megatron_drpo.vocab_parallel.shard import parts
 MIN_ROWS = 4
 """Fewer rows than this make CPU libraries take another GEMM kernel, with other rounding."""
 
+KEY_BLOCK = 64
+"""Numbers of keys are rounded up to this in attention, so that training and generation sum over
+them in the same order."""
+
 _WEIGHT_ROWS = 2048
 """Rows of the weight that a GEMM takes at a time where it needs memory of its own for them: oneDNN
 for a second copy of its result, others for the weight, or a sum of its gradient, in fp32."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below `value`."""
+    return -(-value // multiple) * multiple
 
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_drpo.types import KeptIds
 from megatron_drpo.vocab_parallel.divergence import Kind, divergence
 from megatron_drpo.vocab_parallel.gemm import (
     MIN_ROWS,
@@ -30,6 +31,7 @@ from megatron_drpo.vocab_parallel.gemm import (
     is_mixed,
     project,
 )
+from megatron_drpo.vocab_parallel.kept import keep_only, select_kept
 from megatron_drpo.vocab_parallel.logprobs import (
     Merged,
     TokenScores,
@@ -104,6 +106,7 @@ def fused_linear_objective(
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     rows: Tensor | None = None,
+    kept: KeptIds | None = None,
     others: Sequence[Other] = (),
     weight_grad: Tensor | None = None,
     sequence_parallel: bool = False,
@@ -121,6 +124,8 @@ def fused_linear_objective(
         temperature: of the softmax, above 0; a number, or fp32 [T].
         vocab_size: number of real ids; None: all rows of `weight` are real.
         rows: int64 [T], the token of S that each row of `ids` is about; None: T is S.
+        kept: of T tokens: the law, and every other distribution, is renormalised over these ids;
+            the log-prob of another one is -inf.
         others: fixed distributions whose divergences the losses depend on.
         weight_grad: fp32 [V/tp, H] that the weight's gradient is added to, during this call;
             `weight.grad` then stays as it is, and the loss must be the root of the backward pass.
@@ -138,6 +143,7 @@ def fused_linear_objective(
         temperature=temperature,
         shard=shard_of(weight.size(0), vocab_size, group),
         rows=rows,
+        kept=kept,
         sequence_parallel=sequence_parallel,
         group=group,
         chunk_bytes=chunk_bytes,
@@ -158,6 +164,7 @@ def linear_scores(
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     rows: Tensor | None = None,
+    kept: KeptIds | None = None,
     sequence_parallel: bool = False,
     group: dist.ProcessGroup | None = None,
     chunk_bytes: int | None = None,
@@ -168,6 +175,7 @@ def linear_scores(
         temperature=temperature,
         shard=shard_of(weight.size(0), vocab_size, group),
         rows=rows,
+        kept=kept,
         sequence_parallel=sequence_parallel,
         group=group,
         chunk_bytes=chunk_bytes,
@@ -196,6 +204,7 @@ class _Call(NamedTuple):
     temperature: float | Tensor
     shard: Shard
     rows: Tensor | None
+    kept: KeptIds | None
     sequence_parallel: bool
     group: dist.ProcessGroup | None
     chunk_bytes: int | None
@@ -253,9 +262,16 @@ class _Call(NamedTuple):
         t = self.temperature
         return t[tokens] if isinstance(t, Tensor) and t.dim() else t
 
+    def logits(self, tokens: slice, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[t, V/tp]: of the hidden states [t, H] of `tokens`, -inf where an id was cut."""
+        logits = project(hidden, weight)
+        if self.kept is not None:
+            keep_only(logits, select_kept(self.kept, tokens), self.shard)
+        return logits
+
     def _chunk(self, tokens: slice, hidden: Tensor, weight: Tensor) -> _Chunk:
         ids = self.ids[tokens]
-        logits = project(hidden[tokens], weight)
+        logits = self.logits(tokens, hidden[tokens], weight)
         inputs = (
             local_ids(ids if ids.dim() == 2 else ids[:, None], self.shard),
             row_temperature(self.temperature_of(tokens), logits),
@@ -358,7 +374,7 @@ class _Distances:
             self.values = [
                 divergence(
                     self._logits,
-                    project(other.hidden[chunk.tokens], other.weight),
+                    call.logits(chunk.tokens, other.hidden[chunk.tokens], other.weight),
                     other.kind,
                     temperature=call.temperature_of(chunk.tokens),
                     vocab_size=call.shard.vocab_size,

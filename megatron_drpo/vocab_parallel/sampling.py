@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_drpo.types import KeptIds
+from megatron_drpo.vocab_parallel.kept import keep_only, kept_from_padded
 from megatron_drpo.vocab_parallel.logprobs import logprobs_and_entropy
 from megatron_drpo.vocab_parallel.shard import Shard, add_ranks, gather_ranks, shard_of
 from megatron_drpo.vocab_parallel.topk import candidates
@@ -55,9 +57,9 @@ class Sample(NamedTuple):
     """int64 [B]."""
     logprobs: Tensor
     """fp32 [B], under the law that was drawn from."""
-    kept: Tensor | None
-    """int64 [B, n]: the ids that truncation left, the likeliest first, then -1; n is the largest
-    number of them in a row. None where nothing was truncated, and at temperature 0."""
+    kept: KeptIds | None
+    """Of B tokens: the ids that truncation left. None with neither top-p nor top-k, and at
+    temperature 0."""
 
 
 def sample(
@@ -93,8 +95,8 @@ def sample(
         group: the tensor-parallel group, None for one rank.
 
     Returns:
-        The same on every rank. Without truncation the log-prob comes from `logprobs_and_entropy`,
-        as in training.
+        The same on every rank. The log-prob comes from `logprobs_and_entropy`, as in training: on
+        equal logits the two have the same bits.
     """
     shard = shard_of(logits.size(-1), vocab_size, group)
     if temperature == 0:
@@ -103,32 +105,46 @@ def sample(
         ids = best.ids[:, 0]
         return Sample(ids, torch.zeros_like(ids, dtype=torch.float32), None)
     if top_p >= 1 and not top_k:
-        ids = _inverse_cdf(logits, uniforms, temperature, vocab_size, group)
-        scores = logprobs_and_entropy(
-            logits, ids, temperature=temperature, vocab_size=vocab_size, group=group
-        )
-        return Sample(ids, scores.logprobs, None)
+        ids, kept = _inverse_cdf(logits, uniforms, temperature, vocab_size, group), None
+    else:
+        ids, kept = _truncated(logits, uniforms, temperature, top_p, top_k, shard, group)
+        logits = keep_only(logits.clone(), kept, shard)
+    scores = logprobs_and_entropy(
+        logits, ids, temperature=temperature, vocab_size=vocab_size, group=group
+    )
+    return Sample(ids, scores.logprobs, kept)
+
+
+def _truncated(
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    shard: Shard,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, KeptIds]:
+    """The ids drawn, int64 [B], and those they were drawn from."""
     if top_k:
-        parts = [_top_k(logits, temperature, top_p, min(top_k, vocab_size), shard, group)]
+        parts = [_top_k(logits, temperature, top_p, min(top_k, shard.vocab_size), shard, group)]
     else:
         parts = _top_p(logits, temperature, top_p, shard, group)
     draws = [_draw(z, ids, uniforms[rows]) for rows, z, ids in parts]
     back = torch.cat([rows for rows, _, _ in parts]).argsort()
-    ids, logprobs, kept = zip(*draws, strict=True)
+    ids, kept = zip(*draws, strict=True)
     width = max(part.size(-1) for part in kept)
     kept = [F.pad(part, (0, width - part.size(-1)), value=-1) for part in kept]
-    return Sample(*(torch.cat(each)[back] for each in (ids, logprobs, kept)))
+    return torch.cat(ids)[back], kept_from_padded(torch.cat(kept)[back], shard.vocab_size)
 
 
-def _draw(z: Tensor, ids: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, log-probs and kept ids, from z and ids as in a `_Part`."""
+def _draw(z: Tensor, ids: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids, and the kept ids with -1 behind them, from z and ids as in a `_Part`."""
     kept = ids.where(z > -torch.inf, -1)
     width = int((kept >= 0).sum(-1).max()) if len(kept) else 1
     z, kept = z[:, :width], kept[:, :width]
     by_id, order = kept.sort(-1)
     place = _inverse_cdf(z.gather(-1, order), uniforms, 1.0, width, None)[:, None]
-    logprobs = z.gather(-1, order.gather(-1, place))[:, 0] - z.logsumexp(-1)
-    return by_id.gather(-1, place)[:, 0], logprobs.float(), kept
+    return by_id.gather(-1, place)[:, 0], kept
 
 
 def _check(numbers: Tensor) -> None:
