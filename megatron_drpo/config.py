@@ -161,9 +161,9 @@ class RolloutConfig:
     --rollout-max-slots would take more; by default that is the only limit."""
     rollout_exact: Literal["auto", "on", "off"] = "auto"
     """Generate with the attention and the GEMM shapes of training, so that behaviour log-probs
-    equal training's bit for bit; a probe at start proves it. on: refuse to run where it fails;
-    auto: on for CPUs, and for GPUs with Megatron's batch-invariant kernels; off: faster
-    attention."""
+    equal training's bit for bit; a probe at start proves it. on: refuse to run where it fails, and
+    on GPUs compute with Megatron's batch-invariant kernels; auto: for CPUs, as far as the probe
+    holds; off: faster attention."""
     rollout_lag: int = 0
     """Steps that generation runs ahead of training, with servers: the staleness of every token is
     at most so many steps; 0 waits."""

@@ -96,6 +96,7 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
     _check_layout(config, world_size, problems)
     device = problems.attempt(choose_device, config.parallel.device)
     _check_transformer_engine(config, device, problems)
+    _check_exactness(config, device, problems)
     if rank == 0:
         _check_output_directory(config, problems)
         problems.attempt(check_reward, config.reward)
@@ -278,6 +279,22 @@ def _check_transformer_engine(config: Config, device: Device | None, problems: _
         problems.add(
             "--transformer-impl transformer_engine: Transformer Engine is not installed; "
             "use an NGC PyTorch container, or local or auto"
+        )
+
+
+def _check_exactness(config: Config, device: Device | None, problems: _Problems) -> None:
+    """On a GPU, bits are the same in any company with Megatron's batch-invariant kernels only."""
+    if config.rollout.rollout_exact != "on" or device is None or device.kind == "cpu":
+        return
+    if not _have_transformer_engine():
+        problems.add(
+            "--rollout-exact on: on a GPU it needs Megatron's batch-invariant kernels, and these "
+            "Transformer Engine, which is not installed; use an NGC PyTorch container, or auto"
+        )
+    if config.model.transformer_impl != "local":
+        problems.add(
+            f"--rollout-exact on --transformer-impl {config.model.transformer_impl}: generation "
+            "has not the attention of Transformer Engine; use --transformer-impl local"
         )
 
 

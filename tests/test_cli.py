@@ -160,6 +160,36 @@ def test_flags_without_effect_are_refused(tmp_path: Path) -> None:
     assert config.data.eval_prompts is None
 
 
+def test_engines_take_what_is_theirs() -> None:
+    vllm = [*NEEDED, "--rollout-engine", "vllm"]
+    served = [*vllm, "--rollout-servers", "http://h:8000", "--weight-sync", "disk"]
+    parse(served)
+    both = "\n".join(refused(*vllm))
+    assert "--rollout-servers" in both and "--weight-sync none" in both
+    for wrong, named in (
+        (["--rollout-top-p", "0.9"], "kept ids"),
+        (["--rollout-exact", "on"], "--rollout-exact"),
+        (["--weight-sync-port", "1"], "--weight-sync-port"),
+        (["--rollout-servers", "h:8000"], "--rollout-servers h:8000"),
+        (["--rollout-lag", "1", "--environment", "m:E"], "--rollout-lag 1"),
+    ):
+        (line,) = refused(*served, *wrong)
+        assert named in line
+    for wrong in (
+        ["--rollout-servers", "http://h:8000"],
+        ["--rollout-lag", "1"],
+        ["--rollout-server-retries", "1"],
+        ["--weight-sync", "disk"],
+        ["--rollout-extra-prompts", "1"],
+        ["--environment-max-turns", "2"],
+    ):
+        (line,) = refused(*NEEDED, *wrong)
+        assert line.startswith(wrong[0])
+    (line,) = refused(*NEEDED, "--rollout-top-k", "5", "--rollout-topk", "3")
+    assert "--rollout-topk 3" in line
+    parse([*NEEDED, "--rollout-top-k", "5"])
+
+
 def test_help_groups_flags_and_explains_them(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

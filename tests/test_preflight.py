@@ -16,7 +16,14 @@ from megatron_drpo.arguments import parse
 from megatron_drpo.checkpoint.convert import hf_to_megatron
 from megatron_drpo.checkpoint.families import read_architecture
 from megatron_drpo.device import Device
-from megatron_drpo.errors import CheckpointError, ConfigError, DataError, DrpoError, RewardError
+from megatron_drpo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DrpoError,
+    RewardError,
+    RolloutError,
+)
 from megatron_drpo.preflight import Inputs, preflight
 from tests.tiny_run import NUM_PROMPTS, make_tiny_run
 
@@ -164,6 +171,49 @@ def test_experts_are_trained_where_they_can_be(
     assert "Transformer Engine" in refused(ConfigError, experts)
     kl = [*flags, "--kl-coef", "0.1", "--reference-model", "experts"]
     assert "Transformer Engine" in refused(ConfigError, kl)
+
+
+def test_exactness_on_a_gpu_needs_kernels_and_layers(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = Device("cuda", "nccl", 0, "test")
+    monkeypatch.setattr("megatron_drpo.preflight.choose_device", lambda _: cuda)
+    monkeypatch.setattr("megatron_drpo.preflight._have_transformer_engine", lambda: False)
+    check(flags)
+    message = refused(ConfigError, [*flags, "--rollout-exact", "on"])
+    assert "Transformer Engine" in message and "--transformer-impl local" in message
+    monkeypatch.setattr("megatron_drpo.preflight._have_transformer_engine", lambda: True)
+    check([*flags, "--rollout-exact", "on", "--transformer-impl", "local"])
+
+
+def test_what_generation_needs_is_there_before_it_starts(flags: list[str]) -> None:
+    message = refused(RolloutError, [*flags, "--environment", "nowhere:Env"])
+    assert "--environment nowhere:Env" in message
+    message = refused(RewardError, [*flags, "--reward", "http://127.0.0.1:9/judge"])
+    assert "http://127.0.0.1:9/judge" in message
+    message = refused(RolloutError, [*flags, "--rollout-kv-cache-gib", "1e-5"])
+    assert "--rollout-kv-cache-gib 1e-05" in message and "4 responses of" in message
+    check([*flags, "--rollout-kv-cache-gib", "1"])
+
+
+def test_recorded_rollouts_are_those_of_the_runs_law_and_tokenizer(flags: list[str]) -> None:
+    at = flags.index("--prompts")
+    recorded = [*flags[:at], *flags[at + 2 :], "--rollouts-file", "r.jsonl"]
+    header = {
+        **{"rollouts": 1, "temperature": 0.5, "top_p": 1.0, "top_k": 0, "seed": 1},
+        **{"max_response_length": 8, "stop_ids": [2], "stop_strings": [], "engine": "e"},
+        **{"tokenizer_sha256": "0" * 64, "weights_sha256": None, "policy": "p"},
+    }
+    line = {
+        **{"prompt": "1+1=", "prompt_ids": [4, 13, 4, 14], "response": "2", "response_ids": [5]},
+        **{"behaviour_logprobs": [-0.1], "finish_reason": "stop", "policy_version": 0},
+        "reward": 1.0,
+    }
+    lines = [header, *({"id": str(i // 2), "sample": i % 2, **line} for i in range(8))]
+    Path("r.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    message = refused(ConfigError, recorded)
+    assert "temperature 0.5" in message and "--rollout-temperature 1.0" in message
+    assert "tokenizer 000000000000" in message
 
 
 def test_files_that_cannot_be_used_are_refused(flags: list[str]) -> None:

@@ -167,6 +167,16 @@ def use_transformer_engine(config: ModelConfig) -> bool:
     return config.transformer_impl == "transformer_engine"
 
 
+def use_batch_invariant_kernels() -> None:
+    """Megatron's GPU kernels whose results for a row do not depend on the other rows.
+
+    They replace torch's in this whole process, for training as for generation.
+    """
+    from megatron.core.transformer.custom_layers import batch_invariant_kernels  # needs Triton
+
+    batch_invariant_kernels.enable_batch_invariant_mode()
+
+
 def build_model(
     architecture: Architecture, config: ModelConfig, layout: Layout, device: Device
 ) -> list[PolicyModel]:

@@ -36,7 +36,12 @@ from megatron_drpo.checkpoint.families import Architecture
 from megatron_drpo.config import Config
 from megatron_drpo.device import Device
 from megatron_drpo.mcore.attention import row_layout
-from megatron_drpo.mcore.model import PolicyModel, build_model, use_transformer_engine
+from megatron_drpo.mcore.model import (
+    PolicyModel,
+    build_model,
+    use_batch_invariant_kernels,
+    use_transformer_engine,
+)
 from megatron_drpo.mcore.optimizer import build_optimizer
 from megatron_drpo.mcore.parallel import Layout
 from megatron_drpo.mcore.weights import load
@@ -68,6 +73,8 @@ class Policy:
     ) -> None:
         self.config, self.architecture = config, architecture
         self.layout, self.device = layout, device
+        if device.kind == "cuda" and config.rollout.rollout_exact == "on":
+            use_batch_invariant_kernels()
         self.models: list[PolicyModel] = build_model(architecture, config.model, layout, device)
         self.reference: list[PolicyModel] = []
         """The frozen reference model's chunks; empty where the objective needs none."""
