@@ -55,14 +55,14 @@ _UNUSED = (
     (
         "rollouts_file",
         lambda config: config.rollout.rollouts_file is not None,
-        ("shuffle_prompts", "max_engine_gap", "rollout_topk")
-        + ("rollout_lag", "dynamic_sampling", "environment"),
+        ("shuffle_prompts", "max_engine_gap", "rollout_topk") + ("rollout_lag", "dynamic_sampling"),
         "is not used with --rollouts-file, which is taken as it is and in its own order; drop it",
     ),
     (
         "rollouts_file",
         lambda config: config.rollout.rollouts_file and not config.data.eval_prompts,
         ("apply_chat_template", "rollout_stop_ids", "rollout_stop_strings", "rollout_engine")
+        + ("environment", "environment_max_turns")
         + ("rollout_servers", "rollout_max_slots", "rollout_kv_cache_gib", "rollout_exact"),
         "is not used with --rollouts-file and without --eval-prompts, as nothing is generated; "
         "drop it",
@@ -90,6 +90,12 @@ _UNUSED = (
         lambda config: not config.rollout.uses_servers,
         ("rollout_server_timeout_seconds", "rollout_server_retries"),
         "is read with --rollout-engine vllm and sglang only; drop it",
+    ),
+    (
+        "reward",
+        lambda config: config.reward.is_service,
+        ("reward_memory_gib",),
+        "is the service's own affair where --reward is an address; drop it",
     ),
     (
         "weight_sync",

@@ -20,6 +20,7 @@ from megatron_drpo.mcore.parallel import Layout
 from megatron_drpo.metrics import PhaseTimer
 from megatron_drpo.preflight import Inputs
 from megatron_drpo.prompts import PromptSampler
+from megatron_drpo.rewards import check_prompts
 from megatron_drpo.rewards.pool import RewardPool, check_failures
 from megatron_drpo.rollout.engine import Completion, Request, RolloutEngine, Sampling
 from megatron_drpo.rollout.environment import load_environment
@@ -51,6 +52,8 @@ class _Job:
     samples: int
     sampling: Sampling
     first_stream: int
+    to_train: bool = True
+    """False for an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,14 @@ class Collector:
             top_k=config.eval_top_k,
             record_topk=0,
         )
-        job = _Job(self.inputs.eval_prompts, config.eval_samples_per_prompt, sampling, _EVAL_STREAM)
-        return self._finish(self._start(job), ("evaluate", "evaluate"))
+        job = _Job(
+            self.inputs.eval_prompts,
+            config.eval_samples_per_prompt,
+            sampling,
+            _EVAL_STREAM,
+            to_train=False,
+        )
+        return self._finish(self._start(job))
 
     # What is wanted.
 
@@ -165,11 +174,15 @@ class Collector:
         )
 
     def _job(self, step: int) -> _Job:
-        """The prompts of a step, and with dynamic sampling the extra ones."""
+        """What a step draws at first."""
+        return self._job_of(step, self._drawn(step), 0)
+
+    def _drawn(self, step: int) -> list[int]:
+        """The prompts of a step and, with dynamic sampling, the extra ones."""
         assert self._sampler is not None
         picked = self._sampler.indices(step)
-        extra = self.config.rollout.rollout_extra_prompts
-        return self._job_of(step, picked + self._sampler.replacements(step, extra, picked), 0)
+        extra = self.config.rollout.num_drawn_prompts - len(picked)
+        return picked + self._sampler.replacements(step, extra, picked)
 
     def _job_of(self, step: int, picked: Sequence[int], used: int) -> _Job:
         """Of some prompts; `used` others of the step came before them."""
@@ -187,21 +200,18 @@ class Collector:
         """With servers, generation begins here, on the ranks that talk to them."""
         return _Started(job, self._threads.submit(self._produce, job) if self._threads else None)
 
-    def _finish(
-        self,
-        started: _Started,
-        phases: tuple[str, str] = ("generate", "reward"),
-    ) -> Batch:
-        """Wait for the responses, judge and exchange them; the time counts as that of `phases`."""
-        with self._timer.phase(phases[0]):
+    def _finish(self, started: _Started) -> Batch:
+        """Wait for the responses, judge and exchange them."""
+        to_train = started.job.to_train
+        with self._timer.phase("generate" if to_train else "evaluate"):
             if self.config.rollout.uses_servers:
                 # However long servers take, no rank waits in a collective for them.
                 future = started.future
-                self.layout.wait_until(lambda: future is None or future.done())
+                self.layout.wait_for(future)
                 produced = None if future is None else future.result()
             else:
                 produced = self._produce(started.job)
-        with self._timer.phase(phases[1]):
+        with self._timer.phase("reward" if to_train else "evaluate"):
             return self._exchange(produced, len(started.job.prompts) * started.job.samples)
 
     def _produce(self, job: _Job) -> _Produced:
@@ -231,6 +241,7 @@ class Collector:
                 timeout_seconds=self.config.reward.reward_timeout_seconds,
                 share=(lambda value: value) if config.uses_servers else layout.share,
                 is_source=layout.is_replica_source,
+                any_live=self._any_live,
             )
             return _Produced(episodes.rollouts, episodes.rewards, episodes.failures)
         requests = [
@@ -238,6 +249,8 @@ class Collector:
             for (prompt, _), stream in zip(wanted, streams, strict=True)
         ]
         completions = engine.generate(requests, job.sampling)
+        if not job.to_train:  # of no use then, and much to send around
+            completions = [replace(done, kept_ids=None) for done in completions]
         if not completions:  # of none, the tokenizer's list of texts is not empty
             return _Produced([], [], [])
         texts = self.inputs.tokenizer.batch_decode(
@@ -248,6 +261,12 @@ class Collector:
             for (prompt, sample), done, text in zip(wanted, completions, texts, strict=True)
         ]
         return _Produced(rollouts, [None] * len(rollouts), [])
+
+    def _any_live(self, here: bool) -> bool:
+        """Whether conversations go on here, or where this rank's experts are needed for them."""
+        if self.config.rollout.uses_servers:
+            return here
+        return self.layout.any_expert_peer(here, self.inputs.device.torch)
 
     def _from_file(self, step: int) -> Batch:
         """The next rollouts of `--rollouts-file`, from its start again after its end."""
@@ -287,6 +306,9 @@ class Collector:
         """Rollouts, their rewards and what failed; the pool judges where no environment did."""
         values = list(produced.rewards)
         left = [i for i, value in enumerate(values) if value is None]
+        if self._environment is not None:  # which gives none: only now is that known
+            prompts = {produced.rollouts[i].prompt.id: produced.rollouts[i].prompt for i in left}
+            check_prompts(self.config.reward.reward, [*prompts.values()])
         scored = pool.score([produced.rollouts[i] for i in left], batch_size)
         for i, value in zip(left, scored.values, strict=True):
             values[i] = value
@@ -304,8 +326,7 @@ class Collector:
         assert self._sampler is not None
         config = self.config.rollout
         wanted, failures = config.rollout_prompts_per_step, list(batch.failures)
-        picked = self._sampler.indices(step)
-        picked += self._sampler.replacements(step, config.rollout_extra_prompts, picked)
+        picked = self._drawn(step)
         groups = _groups(batch, config.rollout_samples_per_prompt)
         rounds = 0
         while rounds < config.dynamic_sampling_rounds:

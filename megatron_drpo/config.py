@@ -218,6 +218,12 @@ class RolloutConfig:
         return self.rollout_engine != "inprocess"
 
     @property
+    def num_drawn_prompts(self) -> int:
+        """Prompts that a step draws at first: more than it takes with dynamic sampling only."""
+        extra = self.rollout_extra_prompts if self.dynamic_sampling else 0
+        return self.rollout_prompts_per_step + extra
+
+    @property
     def truncated(self) -> bool:
         """Whether training responses are drawn from a truncated law."""
         return self.rollout_top_p < 1 or self.rollout_top_k > 0
@@ -250,6 +256,11 @@ class RewardConfig:
             reward_memory_gib=(_positive(self.reward_memory_gib), "above 0 and finite"),
             reward_max_failures=(0 <= self.reward_max_failures <= 1, "between 0 and 1"),
         )
+
+    @property
+    def is_service(self) -> bool:
+        """Whether `--reward` is the address of a service, and no function."""
+        return self.reward.startswith(("http://", "https://"))
 
 
 @dataclass(frozen=True)
@@ -734,10 +745,20 @@ class Config:
                 problems.append(
                     f"--rollout-servers {address}: must be http://HOST:PORT or https://HOST:PORT"
                 )
-        if sync == "none" and not rollout.rollouts_file:
+        if sync == "none" and (not rollout.rollouts_file or self.data.eval_prompts):
             problems.append(
                 f"--weight-sync none: --rollout-engine {engine} would go on with the weights it "
                 "started with; use disk or collective"
+            )
+        seconds, minutes = (
+            self.weight_sync.weight_sync_timeout_seconds,
+            self.parallel.distributed_timeout_minutes,
+        )
+        if 2 * seconds > 60 * minutes:
+            problems.append(
+                f"--weight-sync-timeout-seconds {seconds:g}: ranks wait for a sync and what "
+                f"follows no longer than --distributed-timeout-minutes {minutes:g}; use at most "
+                f"{30 * minutes:g} seconds, or raise the latter"
             )
         if rollout.truncated:
             problems.append(

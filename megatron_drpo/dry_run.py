@@ -173,8 +173,7 @@ def _memory(config: Config, inputs: Inputs, world_size: int) -> list[str]:
         "gradients, fp32": parameters * 4,
         "optimizer state, fp32": state,
     }
-    generates = inputs.rollouts is None or inputs.eval_prompts
-    if generates and not rollout.uses_servers:
+    if inputs.generates and not rollout.uses_servers:
         slots, longest = _slots(config, inputs, world_size), _longest(config, inputs)
         parts[f"KV cache, {slots} slots of {longest} tokens"] = kv_cache_bytes(
             architecture, tp_size=tp, pp_size=pp, element_bytes=width, slots=slots, length=longest
@@ -221,8 +220,11 @@ def _output_memory(config: Config, inputs: Inputs, world_size: int) -> dict[str,
 def _slots(config: Config, inputs: Inputs, world_size: int) -> int:
     """Responses that a rank's KV cache holds at the same time, at most."""
     rollout, (tp, pp, dp) = config.rollout, _sizes(config, world_size)
-    prompts = rollout.rollout_prompts_per_step + rollout.rollout_extra_prompts
-    slots = min(rollout.rollout_max_slots, -(-prompts // dp) * rollout.rollout_samples_per_prompt)
+    wanted = [(len(inputs.eval_prompts), config.eval.eval_samples_per_prompt)]
+    if inputs.rollouts is None:
+        wanted.append((rollout.num_drawn_prompts, rollout.rollout_samples_per_prompt))
+    most = max(-(-prompts // dp) * samples for prompts, samples in wanted)
+    slots = min(rollout.rollout_max_slots, most)
     if rollout.rollout_kv_cache_gib is None:
         return slots
     room = slots_within(

@@ -59,6 +59,11 @@ class Inputs:
     rollouts: Sequence[tuple[Rollout, float | None]] | None
     """Rollouts of `--rollouts-file`, each with its reward if recorded; None: they are generated."""
 
+    @property
+    def generates(self) -> bool:
+        """Whether an engine is needed, to train on what it generates or to evaluate."""
+        return self.rollouts is None or bool(self.eval_prompts)
+
 
 class _Problems:
     """Collects errors, so that the user mends all of them in one go."""
@@ -133,6 +138,12 @@ def _check_needs(config: Config, needs: Needs, problems: _Problems) -> None:
         problems.add(
             f"{full}: needs the whole distribution of the weights that generated, which "
             f"--rollouts-file {rollout.rollouts_file} does not hold; generate, or use another"
+        )
+    if rollout.rollout_lag and needs.behaviour_l2:
+        full = "--drpo-penalty full" if name == "drpo" else f"--objective {name}"
+        problems.add(
+            f"{full} --rollout-lag {rollout.rollout_lag}: needs the whole distribution of the "
+            "weights that generated, which are older than those in training then; use 0, or another"
         )
     if model.reference_model and not (needs.reference_logprobs or needs.reference_kl):
         problems.add(
@@ -451,7 +462,8 @@ def _read(
             max_prompt_length=room,
             context_flag=f"--rollout-max-response-length {rollout.rollout_max_response_length}",
         )
-        problems.attempt(check_prompts, config.reward.reward, prompts or ())
+        if rollout.environment is None:  # which may give the rewards itself
+            problems.attempt(check_prompts, config.reward.reward, prompts or ())
         return prompts or ()
 
     prompts, eval_prompts = prompts_of(config.data.prompts), prompts_of(config.data.eval_prompts)
@@ -503,6 +515,19 @@ def _check_rollouts(
             f"--rollout-prompts-per-step {rollout.rollout_prompts_per_step}: "
             f"{rollout.rollouts_file} holds {groups} prompts, and a step takes each at most once; "
             "lower it, or record more"
+        )
+    lacking = sum(taken.kept_ids is None for taken, _ in rollouts)
+    if rollouts and rollout.truncated and lacking:
+        problems.add(
+            f"--rollout-top-p {rollout.rollout_top_p} --rollout-top-k {rollout.rollout_top_k}: "
+            f"{lacking} of {len(rollouts)} rollouts of {rollout.rollouts_file} have no `kept_ids`, "
+            "so they were drawn from the whole distribution; use 1 and 0"
+        )
+    if rollouts and not rollout.truncated and lacking < len(rollouts):
+        problems.add(
+            f"--rollouts-file {rollout.rollouts_file}: {len(rollouts) - lacking} of "
+            f"{len(rollouts)} rollouts have `kept_ids`, so they were drawn from a truncated "
+            "distribution; give the --rollout-top-p and --rollout-top-k that they were drawn with"
         )
     if any(reward is None for _, reward in rollouts):
         recorded = [taken.prompt for taken, _ in rollouts]

@@ -9,6 +9,7 @@ sync.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
@@ -35,7 +36,7 @@ class Serving:
         say: tells people a line, on one rank.
 
     Raises:
-        RolloutError: not all servers are up.
+        RolloutError: on all ranks, if not all servers are up.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Serving:
     ) -> None:
         self._policy, self._engine, self._say = policy, engine, say
         clients = () if engine is None else engine.clients
-        if policy.layout.rank == 0:
-            assert engine is not None
-            engine.ready(_START_SECONDS)
-        policy.layout.barrier()
+        if engine is not None:
+            say(f"waiting for {len(clients)} server(s), up to {_START_SECONDS:g} s")
+        with ThreadPoolExecutor(1) as thread:
+            ready = None if engine is None else thread.submit(engine.ready, _START_SECONDS)
+            policy.layout.wait_for(ready)
         self._sync: WeightSync = build_weight_sync(
             config.weight_sync,
             Model(policy.architecture, policy.models, policy.layout, policy.device.torch),

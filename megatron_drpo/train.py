@@ -11,11 +11,13 @@ depends on (seed, step) alone, so a resume needs only the number of the step.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +66,22 @@ _TOLD = 3
 def run(config: Config, inputs: Inputs) -> None:
     """Train, from the HF checkpoint or from the newest training checkpoint, to `train_iters`."""
     layout = parallel.initialize(config.parallel, inputs.device, config.train.seed)
-    run = _Run(config, inputs, layout)
-    try:
-        run.train()
-    finally:
-        run.close()
+    with contextlib.ExitStack() as background:
+        _Run(config, inputs, layout, background).train()
     parallel.destroy(layout)
 
 
 class _Run:
     """A run in progress: what the steps share."""
 
-    def __init__(self, config: Config, inputs: Inputs, layout: parallel.Layout) -> None:
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        layout: parallel.Layout,
+        background: contextlib.ExitStack,
+    ) -> None:
+        """Ready to train; what works in the background is ended by `background`."""
         self.config, self.inputs, self.layout = config, inputs, layout
         self.directory = Path(config.output.output_dir)
         self.settings = self.directory / "model"
@@ -103,20 +109,25 @@ class _Run:
         self.step = 0
         if config.output.resume:
             self._resume()
-        self.engine = build_engine(config.rollout, self.policy, inputs.tokenizer)
-        generator = self.engine.generator
+        self.engine = None
+        if inputs.generates:
+            self.engine = build_engine(config.rollout, self.policy, inputs.tokenizer)
+        generator = self.engine and self.engine.generator
+        if isinstance(generator, ServerEngine):
+            background.callback(generator.close)
         self.collector = Collector(
             config, inputs, layout, generator, lambda: self.policy.num_updates, self.timer
         )
-        self.gate = Gate(config, self.policy, exact=self.engine.exact)
-        bound = self.gate.bound
-        if self.collector.generates or inputs.eval_prompts:
+        background.callback(self.collector.close)
+        self.gate = Gate(config, self.policy, exact=bool(self.engine and self.engine.exact))
+        if self.engine:
+            bound = self.gate.bound
             self.say(
                 f"engine: {self.engine.text}; largest gap to training's log-probs: {bound.nats:g} "
                 f"nats per token ({bound.reason})"
             )
         self.serving = None
-        if config.rollout.uses_servers:
+        if inputs.generates and config.rollout.uses_servers:
             assert not isinstance(generator, InProcessEngine)
             self.serving = Serving(
                 config,
@@ -128,12 +139,6 @@ class _Run:
                 rounding=self.gate.rounding,
                 say=self.say,
             )
-
-    def close(self) -> None:
-        """End what works for the run in the background; not collective."""
-        if isinstance(self.engine.generator, ServerEngine):
-            self.engine.generator.close()
-        self.collector.close()
 
     def say(self, message: str) -> None:
         """A line for people, from one rank, that does not break the progress bar."""
@@ -264,12 +269,17 @@ class _Run:
         with self.timer.phase("sync"):
             return self.serving.sync()
 
+    @cached_property
+    def _tokenizer_sha256(self) -> str:
+        return tokenizer_sha256(self.inputs.tokenizer)
+
     def _header(self) -> FileHeader:
         """What the rollouts of this step have in common."""
+        assert self.engine is not None, "what is saved was generated"
         return make_header(
             self.collector.sampling(self.step),
             engine=self.engine.text,
-            tokenizer_sha256=tokenizer_sha256(self.inputs.tokenizer),
+            tokenizer_sha256=self._tokenizer_sha256,
             weights_sha256=None,
             policy=f"{self.directory}, step {self.step}",
         )
@@ -283,7 +293,7 @@ class _Run:
 
     def _staleness(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """How many steps older than the policy the tokens' weights are, where they may be."""
-        if not self.config.rollout.rollout_lag:
+        if not (self.config.rollout.rollout_lag and self.collector.generates):
             return {}
         spans = [span for t in trajectories for span in t.rollout.spans]
         updates = self.config.train.updates_per_rollout

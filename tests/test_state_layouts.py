@@ -231,7 +231,7 @@ def test_the_next_update_is_that_of_the_run_that_never_stopped(
     resumed = json.loads((source / str(loaded) / "result.json").read_text())
     assert straight["grad_norm"] > 0.1 and math.isfinite(straight["loss"])
     for name, value in straight.items():
-        assert resumed[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+        assert resumed[name] == pytest.approx(value, rel=5e-6, abs=1e-6), name
     expected = _weights(source / "never-stopped")
     found = _weights(source / str(loaded))
     assert found.keys() == expected.keys()

@@ -6,7 +6,7 @@ Out: `Layout`, the frozen record that everybody above asks for ranks, sizes and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_drpo.config import ParallelConfig
 from megatron_drpo.device import Device
+from megatron_drpo.errors import DrpoError, RolloutError
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,46 @@ class Layout:
         dist.gather_object(value, received, group=self.control_group)
         return [entry for entry in received or () if entry is not None]
 
+    def any_expert_peer(self, holds: bool, device: torch.device) -> bool:
+        """True if `holds` on this rank, or on one that it shares the experts of a layer with."""
+        if self.ep_size == 1:
+            return holds
+        flag = torch.tensor(int(holds), device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.ep_group)
+        return bool(flag)
+
     def share(self, value: Any) -> Any:
         """The `value` of the replica's source, on all of its ranks."""
         values = [value]
         dist.broadcast_object_list(values, group=self.replica_group, group_src=0)
         return values[0]
 
-    def wait_until(self, done: Callable[[], bool], seconds: float = 0.2) -> None:
-        """Return once `done()` holds on every rank, however long that takes.
+    def wait_for(self, future: Future[Any] | None, seconds: float = 0.2) -> None:
+        """Return once the futures of all ranks are done, however long that takes.
 
         Ranks that only wait keep talking, so that no collective comes near its time limit.
+
+        Args:
+            future: of this rank, if it has one.
+
+        Raises:
+            RolloutError: on every rank, as soon as one of the futures has failed.
         """
-        while not self.all_agree(done()):
+        while True:
+            done = future is None or future.done()
+            failed = future is not None and future.done() and future.exception() is not None
+            state = torch.tensor([int(done), int(not failed)])
+            dist.all_reduce(state, dist.ReduceOp.MIN, group=self.control_group)
+            if not state[1]:
+                break
+            if state[0]:
+                return
             time.sleep(seconds)
+        error = future.exception() if failed and future is not None else None
+        if error is not None and not isinstance(error, DrpoError):
+            raise error  # a defect: with its traceback, where it is
+        told = self.gather_objects(None if error is None else str(error))
+        raise RolloutError("\n".join(dict.fromkeys(told)) or "generation failed on another rank")
 
     def barrier(self) -> None:
         dist.barrier(group=self.control_group)

@@ -61,11 +61,6 @@ BUILT_IN = {
 """Rewards with a name of their own; both compare with the prompt's answer."""
 
 
-def is_service(name: str) -> bool:
-    """Whether `--reward` is the address of a service, and no function."""
-    return name.startswith(("http://", "https://"))
-
-
 def load_reward(name: str) -> Reward:
     """The function behind `--reward`: a built-in name or MODULE:FUNCTION.
 

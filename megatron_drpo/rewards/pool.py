@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from megatron_drpo.config import RewardConfig
 from megatron_drpo.errors import RewardError
-from megatron_drpo.rewards import RewardRequest, is_service
+from megatron_drpo.rewards import RewardRequest
 from megatron_drpo.rewards.service import Service
 from megatron_drpo.types import Rollout
 
@@ -116,7 +116,7 @@ class RewardPool:
 
     def __init__(self, config: RewardConfig) -> None:
         self._config = config
-        kind = Service if is_service(config.reward) else _Worker
+        kind = Service if config.is_service else _Worker
         self._judges: list[Judge] = [kind(config) for _ in range(config.reward_workers)]
         self._runner = asyncio.Runner()
         try:

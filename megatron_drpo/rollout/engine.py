@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_drpo.config import RolloutConfig
 from megatron_drpo.types import FinishReason, KeptIds
 
 
@@ -38,6 +39,20 @@ class Sampling:
     def truncated(self) -> bool:
         """Whether top-p or top-k cut the law that is drawn from."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
+
+
+def sampling_of(config: RolloutConfig, stop_ids: tuple[int, ...], seed: int) -> Sampling:
+    """How the flags of rollouts say that responses are drawn."""
+    return Sampling(
+        temperature=config.rollout_temperature,
+        top_p=config.rollout_top_p,
+        top_k=config.rollout_top_k,
+        max_response_length=config.rollout_max_response_length,
+        stop_ids=stop_ids,
+        seed=seed,
+        record_topk=config.rollout_topk,
+        stop_strings=config.rollout_stop_strings,
+    )
 
 
 @dataclass(frozen=True, eq=False)

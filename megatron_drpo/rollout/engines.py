@@ -6,6 +6,7 @@ training's, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -35,22 +36,27 @@ def build_engine(
     Raises:
         RolloutError: `--rollout-exact on`, and the probe found a difference.
     """
+    if not config.uses_servers:
+        return _inprocess_engine(config, policy, tokenizer)
+    engine = server_engine(config, tokenizer) if policy.layout.is_replica_source else None
+    return Engine(engine, False, f"{config.rollout_engine} {' '.join(config.rollout_servers)}")
 
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids))
 
-    if config.uses_servers:
-        engine = None
-        if policy.layout.is_replica_source:
-            engine = ServerEngine(
-                config.rollout_engine,
-                config.rollout_servers,
-                timeout_seconds=config.rollout_server_timeout_seconds,
-                retries=config.rollout_server_retries,
-                max_outstanding=config.rollout_max_slots,
-                decode=decode,
-            )
-        return Engine(engine, False, f"{config.rollout_engine} {' '.join(config.rollout_servers)}")
+def server_engine(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> ServerEngine:
+    """The engine over servers, none of which is contacted yet; for one rank of each replica."""
+    return ServerEngine(
+        config.rollout_engine,
+        config.rollout_servers,
+        timeout_seconds=config.rollout_server_timeout_seconds,
+        retries=config.rollout_server_retries,
+        max_outstanding=config.rollout_max_slots,
+        decode=_decoder(tokenizer),
+    )
+
+
+def _inprocess_engine(
+    config: RolloutConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase
+) -> Engine:
     gib = config.rollout_kv_cache_gib
     wanted = config.rollout_exact
     exact = wanted == "on" or (wanted == "auto" and policy.device.kind == "cpu")
@@ -59,7 +65,7 @@ def build_engine(
         max_slots=config.rollout_max_slots,
         cache_bytes=None if gib is None else int(gib * 2**30),
         exact=exact,
-        decode=decode,
+        decode=_decoder(tokenizer),
     )
     if not exact:
         return Engine(engine, False, "in process, with faster attention than training's")
@@ -70,3 +76,7 @@ def build_engine(
             "difference"
         )
     return Engine(engine, probe.exact, f"in process; {probe.text}")
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    return lambda ids: str(tokenizer.decode(ids))

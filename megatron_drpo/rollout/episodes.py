@@ -66,6 +66,7 @@ def run_episodes(
     timeout_seconds: float,
     share: Callable[[Any], Any],
     is_source: bool,
+    any_live: Callable[[bool], bool] = bool,
 ) -> Episodes:
     """Hold a conversation about each prompt; the same on every rank that calls this.
 
@@ -82,6 +83,8 @@ def run_episodes(
         timeout_seconds: for one answer of an environment.
         share: returns, on every rank, what the source handed to it.
         is_source: whether environments run here.
+        any_live: whether there is a conversation left on any rank that the engine generates in
+            step with, as where experts are shared out; by default this replica is on its own.
     """
     conversations = [
         _Conversation(prompt, sample, stream, sampling.max_response_length)
@@ -90,9 +93,13 @@ def run_episodes(
     environments: dict[_Conversation, Environment] = {}
     live = conversations
     for number in range(1, max_turns + 1):
+        if not any_live(bool(live)):
+            break
         requests = [conversation.request() for conversation in live]
         for conversation, done in zip(live, engine.generate(requests, sampling), strict=True):
             conversation.add_turn(done, policy_version)
+        if not live:
+            continue
         answers = None
         if is_source:
             answers = _answers(
@@ -101,8 +108,6 @@ def run_episodes(
         for conversation, answer in zip(live, share(answers), strict=True):
             conversation.add_answer(answer, last=number == max_turns)
         live = [conversation for conversation in live if conversation.finish is None]
-        if not live:
-            break
     return Episodes(
         [conversation.rollout(tokenizer) for conversation in conversations],
         [conversation.reward for conversation in conversations],

@@ -137,11 +137,7 @@ class Session:
     def busy(self) -> bool:
         """Whether a response is missing, here or on a replica that shares experts out."""
         busy = bool(self._pending or self._finished or any(group.jobs for group in self._groups))
-        if self._layout.ep_size == 1:
-            return busy
-        flag = torch.tensor(int(busy), device=self._device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._layout.ep_group)
-        return bool(flag)
+        return self._layout.any_expert_peer(busy, self._device)
 
     @torch.no_grad()
     def step(self) -> Finished:

@@ -27,6 +27,7 @@ from megatron_drpo.mcore.attention import (
     prefill_layout,
 )
 from megatron_drpo.rollout.engine import Completion, Request, Sampling
+from megatron_drpo.rollout.stops import StopSearch
 from megatron_drpo.types import FinishReason, KeptIds
 from megatron_drpo.vocab_parallel import counter_uniforms
 from megatron_drpo.vocab_parallel.gemm import KEY_BLOCK, MIN_ROWS, round_up
@@ -52,7 +53,9 @@ class Job:
     filled: int = 0
     """Tokens of the prompt in the cache."""
     tokens: list[int] = field(default_factory=list)
-    """Of the response; only with stop strings."""
+    """Of the response, what its prompt ends with; only with stop strings."""
+    search: StopSearch | None = None
+    """For stop strings, once it has a slot."""
     kept: list[Tensor] = field(default_factory=list)
     """int32, of each token; only where truncated, on the last stage."""
 
@@ -173,6 +176,10 @@ class SlotGroup:
         new = self.jobs[first:]
         if not new:
             return
+        if stops := self.sampling.stop_strings:
+            assert self._decode is not None
+            for job in new:
+                job.search = StopSearch(stops, self._decode, job.tokens)
         self._reserve(len(self.jobs), length, max(job.limit for job in new))
         slots = slice(first, len(self.jobs))
         for name, values in (
@@ -319,19 +326,11 @@ class SlotGroup:
         return self._retire(torch.tensor(slots, device=self.device), ["abort"] * len(slots))
 
     def _completed_texts(self, ids: Tensor) -> Tensor:
-        """bool [n]: whether a stop string is in the text that ends with these tokens."""
-        assert self._decode is not None
-        stops = self.sampling.stop_strings
-        # A token stands for a byte at least, but for some that stand for nothing.
-        longest = max(len(stop.encode()) for stop in stops)
+        """bool [n]: whether these tokens complete a stop string."""
         found = []
         for job, token in zip(self.jobs, ids.tolist(), strict=True):
-            job.tokens.append(token)
-            size, text = 0, ""
-            while len(text) <= longest and size < len(job.tokens):
-                size = min(2 * size or longest + 4, len(job.tokens))
-                text = self._decode(job.tokens[-size:])
-            found.append(any(stop in text for stop in stops))
+            assert job.search is not None
+            found.append(job.search.push([token]) is not None)
         return torch.tensor(found)
 
     def _retire(self, done: Tensor, reasons: list[FinishReason]) -> list[tuple[Job, Completion]]:

@@ -20,12 +20,12 @@ import asyncio
 import hashlib
 import itertools
 import threading
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,10 +33,13 @@ from megatron_drpo.errors import ConfigError, RolloutError
 from megatron_drpo.rollout.engine import Completion, Request, Sampling
 from megatron_drpo.rollout.servers.client import Client, ServerError, pause_before
 from megatron_drpo.rollout.servers.dialects import DIALECTS, Job, Response
+from megatron_drpo.rollout.stops import StopSearch
 from megatron_drpo.types import FinishReason
 
+T = TypeVar("T")
 OnDone = Callable[[int, Completion], None]
 
+_CLOSED = "the engine was closed"
 _GRACE_SECONDS = 2.0
 """After a pause: without an answer for so long, what still runs is held by its server."""
 
@@ -97,6 +100,7 @@ class ServerEngine:
         self._running: set[asyncio.Task[None]] = set()
         self._start = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
 
     @property
     def version(self) -> int:
@@ -109,7 +113,7 @@ class ServerEngine:
         Raises:
             RolloutError: some are not after `wait_seconds`; each is named.
         """
-        failed = self._wait(_each(lambda client: client.ready(wait_seconds), self.clients))
+        failed = self._wait(lambda: _each(lambda client: client.ready(wait_seconds), self.clients))
         if failed:
             raise RolloutError("\n".join(["not all servers are up:", *map(_line, failed.items())]))
 
@@ -128,12 +132,13 @@ class ServerEngine:
 
         Raises:
             ConfigError: stop strings without `decode`.
+            RolloutError: the engine was closed.
         """
         if sampling.stop_strings and self._decode is None:
             raise ConfigError("--rollout-stop-strings: an engine over servers needs `decode`")
         batch = _Batch(requests, sampling, on_done)
         if requests:
-            self._started().call_soon_threadsafe(self._begin, batch)
+            self._tell(self._begin, batch)
         else:
             batch.future.set_result([])
         return Pending(batch, self)
@@ -149,14 +154,14 @@ class ServerEngine:
         Raises:
             RolloutError: all failed; each is named.
         """
-        self._wait(self._pause())
+        self._wait(self._pause)
 
     def resume(self, version: int) -> None:
         """Go on with weights of this version; also says which they are without a `pause` before.
 
         A server that fails to resume is excluded; otherwise as `pause`.
         """
-        self._wait(self._resume(version))
+        self._wait(lambda: self._resume(version))
 
     def exclude(self, reasons: Mapping[str, str]) -> None:
         """Send nothing new to these servers, by address, and why; all others are admitted again."""
@@ -169,9 +174,9 @@ class ServerEngine:
             server.excluded = told.get(server.client.url)
 
     def close(self) -> None:
-        """Give up all that is under way, and end the thread."""
+        """Give up all that is under way, and end the thread; no verb works afterwards."""
         with self._start:
-            loop, self._loop = self._loop, None
+            loop, self._loop, self._closed = self._loop, None, True
         if loop is not None:
             asyncio.run_coroutine_threadsafe(self._give_up(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
@@ -179,15 +184,26 @@ class ServerEngine:
     # Between threads.
 
     def _started(self) -> asyncio.AbstractEventLoop:
-        with self._start:
-            if self._loop is None:
-                loop = asyncio.new_event_loop()
-                threading.Thread(target=_run_loop, args=(loop,), daemon=True).start()
-                self._loop = loop
-            return self._loop
+        """The loop, with `_start` held: what it is told then comes before `close`."""
+        if self._closed:
+            raise RolloutError(_CLOSED)
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=_run_loop, args=(self._loop,), daemon=True).start()
+        return self._loop
 
-    def _wait(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._started()).result()
+    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
+        with self._start:
+            self._started().call_soon_threadsafe(function, *arguments)
+
+    def _wait(self, verb: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        with self._start:
+            loop = self._started()
+            future = asyncio.run_coroutine_threadsafe(verb(), loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise RolloutError(_CLOSED) from None
 
     # In the loop's thread.
 
@@ -293,9 +309,11 @@ class ServerEngine:
         """
         finish = new.finish_reason
         if sampling.stop_strings and self._decode is not None:
-            kept = tokens_to_stop(response.ids, sampling.stop_strings, self._decode)
+            earlier = len(response.ids) - len(new.ids)
+            search = StopSearch(sampling.stop_strings, self._decode, response.ids[:earlier])
+            kept = search.push(new.ids)
             if kept is not None:
-                response.cut(kept)
+                response.cut(earlier + kept)
                 return "stop"
             if finish == "stop" and response.ids[-1] not in sampling.stop_ids:
                 raise RolloutError(
@@ -371,9 +389,12 @@ class ServerEngine:
 
     async def _give_up(self) -> None:
         for batch in list(self._batches):
-            batch.fail(RolloutError("the engine was closed"))
+            batch.fail(RolloutError(_CLOSED))
         self._waiting.clear()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        running = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 @dataclass(eq=False)
@@ -398,9 +419,9 @@ class Pending:
 
     def cancel(self) -> None:
         """Give up; `result` raises."""
-        self._engine._started().call_soon_threadsafe(
-            self._batch.fail, RolloutError("the request was cancelled")
-        )
+        if not self.done():
+            with suppress(RolloutError):  # closed in the meantime, which gave it up
+                self._engine._tell(self._batch.fail, RolloutError("the request was cancelled"))
 
 
 class _Response:
@@ -535,20 +556,6 @@ class _Server:
     def release(self, unit: _Unit) -> None:
         load = self._taken.pop(unit)
         self.responses, self.tokens = self.responses - load[0], self.tokens - load[1]
-
-
-def tokens_to_stop(
-    ids: list[int], strings: Sequence[str], decode: Callable[[list[int]], str]
-) -> int | None:
-    """Tokens up to and with the one that completes a stop string in the text; None without one."""
-
-    def complete(count: int) -> bool:
-        text = decode(ids[:count])
-        return any(string in text for string in strings)
-
-    if not complete(len(ids)):
-        return None
-    return bisect_left(range(len(ids)), True, key=complete)
 
 
 def _seed(*numbers: int) -> int:
