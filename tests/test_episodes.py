@@ -368,3 +368,23 @@ def test_the_calculator(text, content, reward, done):
     world = Calculator(prompt("47*85=", "3995"))
     observation = world.step(Turn(1, text, (), "stop", last=False))
     assert observation == Observation(content, reward, done)
+
+
+def test_a_replica_generates_on_for_others_that_need_its_experts(tokenizer):
+    """With nothing left to say it still takes part in each turn, and asks no environment."""
+    engine, live = Idle(), iter([True, True, False])
+    episodes = converse(engine, tokenizer, fail, prompts=(), any_live=lambda here: next(live))
+    assert episodes.rollouts == [] and engine.calls == [0, 0]
+    alone = Idle()
+    assert converse(alone, tokenizer, fail, prompts=()).rollouts == [] and alone.calls == []
+
+
+class Idle:
+    """An engine that is asked for nothing."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def generate(self, requests: Sequence[Any], sampling: Any) -> list[Any]:
+        self.calls.append(len(requests))
+        return []

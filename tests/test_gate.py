@@ -55,7 +55,9 @@ class OneRank:
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
 
-    def score(self, rows: Sequence[Row], *, temperature: float = TEMPERATURE) -> list[TokenScores]:
+    def score(
+        self, rows: Sequence[Row], *, temperature: float = TEMPERATURE, untruncated: bool = False
+    ) -> list[TokenScores]:
         logp = (LOGITS / temperature).log_softmax(-1)
         return [TokenScores(law(temperature), -(logp.exp() * logp).sum(-1))]
 
@@ -104,6 +106,15 @@ def test_the_error_names_the_law_that_fits() -> None:
         gate(exact=False).check(rows(law(1.0)), 2)
     with pytest.raises(RolloutError, match="about 0.8.* times the trainer's temperature"):
         gate(exact=False).check(rows(law(0.6)), 2)
+
+
+def test_logprobs_of_the_whole_law_are_recognised_under_truncation() -> None:
+    """Where sampling is truncated, `old_logprobs` are renormalised over the kept ids."""
+    (update,) = rows(law(TEMPERATURE))
+    higher = law(TEMPERATURE) + 0.2 * torch.rand(T, generator=torch.Generator().manual_seed(1))
+    scored = [replace(row, old_logprobs=higher) for row in update]
+    with pytest.raises(RolloutError, match="another law, without truncation"):
+        gate(exact=False, rollout_top_p=0.9).check([scored], 0)
 
 
 def test_tokens_of_older_weights_are_not_compared() -> None:
