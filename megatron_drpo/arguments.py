@@ -40,9 +40,12 @@ class Options:
     """Check everything, print the run's configuration and its consequences, and exit."""
 
 
-_TYPES: dict[str, Any] = {
-    name: kind for group in _GROUPS.values() for name, kind in typing.get_type_hints(group).items()
-}
+def types_of(groups: Iterable[type]) -> dict[str, Any]:
+    """Of each field of some dataclasses, by its name."""
+    return {name: kind for group in groups for name, kind in typing.get_type_hints(group).items()}
+
+
+_TYPES = types_of(_GROUPS.values())
 
 _UNUSED = (
     (
@@ -127,7 +130,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Options]:
             or unused; lists all of them where they can be told apart.
         SystemExit: with status 0 after `--help`.
     """
-    given = _names(argv)
+    given = given_names(argv, types_of([*_GROUPS.values(), Options]))
     yaml_argv: list[str] = []
     origin: dict[str, str] = {}
     file = _run_tyro(Options, argv, return_unknown_args=True, add_help=False)[0].config
@@ -138,7 +141,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Options]:
         # Of a repeated flag the last one counts.
         raw = _run_tyro(_arguments(), [*yaml_argv, *argv], description=_DESCRIPTION)
         config = _build(raw)
-        _refuse_unused(config, given, origin)
+        refuse_unused(config, given, origin)
     except ConfigError as error:
         lines = [_with_origin(line, origin) for line in str(error).splitlines()]
         raise ConfigError("\n".join(lines)) from None
@@ -151,10 +154,16 @@ _DESCRIPTION = (
 )
 
 
-def _names(argv: Sequence[str]) -> set[str]:
-    """Field names of the flags in `argv`; a flag is known by its whole name or not at all."""
-    known = {*_TYPES, "config", "dry_run", "help"}
-    known |= {f"no_{name}" for name, kind in {**_TYPES, "dry_run": bool}.items() if kind is bool}
+def given_names(argv: Sequence[str], types: Mapping[str, Any]) -> set[str]:
+    """Field names of the flags in `argv`; a flag is known by its whole name or not at all.
+
+    Args:
+        types: of the fields that there are, by name.
+
+    Raises:
+        ConfigError: lists the flags that are unknown.
+    """
+    known = {*types, "help"} | {f"no_{name}" for name, kind in types.items() if kind is bool}
     names = [arg[2:].partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
     problems = [
         f"{flag(name)}: unknown flag; {_closest(flag(name), map(flag, known))}--help lists all"
@@ -163,7 +172,7 @@ def _names(argv: Sequence[str]) -> set[str]:
     ]
     if problems:
         raise ConfigError("\n".join(problems))
-    return {name if name in _TYPES else name.removeprefix("no_") for name in names}
+    return {name if name in types else name.removeprefix("no_") for name in names}
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
@@ -292,7 +301,7 @@ def _build(raw: Any) -> Config:
     return config
 
 
-def _refuse_unused(config: Config, given: set[str], origin: Mapping[str, str]) -> None:
+def refuse_unused(config: Config, given: set[str], origin: Mapping[str, str]) -> None:
     """Raise for flags that do nothing; a key of the file may be left idle by the command line."""
     problems = []
     decides: Callable[[Config], bool]

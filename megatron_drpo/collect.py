@@ -22,7 +22,13 @@ from megatron_drpo.preflight import Inputs
 from megatron_drpo.prompts import PromptSampler
 from megatron_drpo.rewards import check_prompts
 from megatron_drpo.rewards.pool import RewardPool, check_failures
-from megatron_drpo.rollout.engine import Completion, Request, RolloutEngine, Sampling
+from megatron_drpo.rollout.engine import (
+    Completion,
+    Request,
+    RolloutEngine,
+    Sampling,
+    sampling_of,
+)
 from megatron_drpo.rollout.environment import load_environment
 from megatron_drpo.rollout.episodes import run_episodes
 from megatron_drpo.types import Prompt, Rollout
@@ -161,17 +167,7 @@ class Collector:
         return self._sampling(self.config.train.seed + (step << 32))
 
     def _sampling(self, seed: int) -> Sampling:
-        config = self.config.rollout
-        return Sampling(
-            temperature=config.rollout_temperature,
-            top_p=config.rollout_top_p,
-            top_k=config.rollout_top_k,
-            max_response_length=config.rollout_max_response_length,
-            stop_ids=self.inputs.stop_ids,
-            seed=seed,
-            record_topk=config.rollout_topk,
-            stop_strings=config.rollout_stop_strings,
-        )
+        return sampling_of(self.config.rollout, self.inputs.stop_ids, seed)
 
     def _job(self, step: int) -> _Job:
         """What a step draws at first."""

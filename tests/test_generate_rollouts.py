@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_drpo.errors import ConfigError, DataError
+from megatron_drpo.rollout.engine import Completion, Sampling
 from megatron_drpo.rollout.files import RolloutWriter, read_header, read_rollouts
 from tests.distributed import run_distributed
+from tests.loopback_server import BigramEngine, BigramSession, LoopbackServer
 from tests.tiny_run import NUM_PROMPTS, make_tiny_run
 from tools.generate_rollouts import run
 
@@ -25,6 +27,28 @@ def some(request):
         raise KeyError("one")
     return -len(request.response) / 8
 """
+
+
+class CountedTable(BigramEngine):
+    """Knows how many responses it had at the same time at most."""
+
+    most = 0
+
+    def start(self, sampling: Sampling) -> BigramSession:
+        session = super().start(sampling)
+        step = session.step
+
+        def counted() -> list[tuple[int, Completion]]:
+            self.most = max(self.most, len(session._running))
+            return step()
+
+        session.step = counted  # type: ignore[method-assign]
+        return session
+
+
+TABLE = CountedTable(
+    torch.randn(61, 61, generator=torch.Generator().manual_seed(0)), step_seconds=0.005
+)
 
 
 def flags(out: str, **changes: Any) -> list[str]:
@@ -57,7 +81,7 @@ def fails(error: type[Exception], message: str, argv: list[str]) -> None:
     parallel_state.destroy_model_parallel()  # else the end of the process would
 
 
-def _ranks(rank: int, world_size: int, root: Path) -> None:
+def _ranks(rank: int, world_size: int, root: Path, server: str) -> None:
     """Several starts of the tool, and of training, in one start of the processes."""
     from megatron_drpo import cli
 
@@ -68,6 +92,9 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
     judged = {"reward": "some_reward:some", "reward_max_failures": 0.9}
     cut = {"rollout_top_p": 0.9, "rollout_temperature": 0.8, "compress": True}
     run(flags("pp2", pipeline_model_parallel_size=2, **judged, **cut))
+    slots = {"rollout_max_slots": SAMPLES, "rollout_prompts_per_step": NUM_PROMPTS}
+    served = {"rollout_engine": "vllm", "rollout_servers": server, "rollout_temperature": 0.8}
+    run(flags("served", **served, **slots))
 
     write, calls = RolloutWriter.write, []
 
@@ -119,7 +146,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("generate")
     make_tiny_run(root)
     (root / "some_reward.py").write_text(REWARD)
-    run_distributed(_ranks, 2, root)
+    with LoopbackServer(TABLE) as server:
+        run_distributed(_ranks, 2, root, server.url)
+        (root / "requests.json").write_text(json.dumps(server.requests))
     return root
 
 
@@ -202,6 +231,26 @@ def test_training_on_them_in_another_layout_has_no_mismatch(root: Path) -> None:
     assert first["grad_norm"] > 0
 
 
+@pytest.mark.distributed
+def test_servers_generate_under_the_flags_of_the_engine(root: Path) -> None:
+    for number in (0, 1):
+        found = read(root / "served" / f"rollouts-0000{number}-of-00002.jsonl")
+        ids = [rollout.prompt.id for rollout, _ in found]
+        places = range(number, NUM_PROMPTS, 2)
+        assert ids == [f"prompts.jsonl:{place + 1}" for place in places for _ in range(SAMPLES)]
+        for rollout, _ in found:
+            prompt, response = rollout.prompt.token_ids.tolist(), rollout.response_ids.tolist()
+            expected = TABLE.logprobs(prompt, response, 0.8)
+            assert rollout.behaviour_logprobs.tolist() == pytest.approx(expected, abs=1e-5)
+    header = read_header(root / "served")
+    assert header is not None and (header.engine, header.temperature) == ("vllm", 0.8)
+    bodies = [body for _, body in json.loads((root / "requests.json").read_text()) if body]
+    assert len(bodies) == NUM_PROMPTS and len({body["seed"] for body in bodies}) == NUM_PROMPTS
+    assert {(body["n"], body["max_tokens"]) for body in bodies} == {(SAMPLES, 8)}
+    # Of --rollout-max-slots, for each of the two replicas; not all that are wanted.
+    assert SAMPLES <= TABLE.most <= 2 * SAMPLES < NUM_PROMPTS * SAMPLES
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -219,8 +268,24 @@ def test_training_on_them_in_another_layout_has_no_mismatch(root: Path) -> None:
                 *("--rollout-engine", "vllm", "--rollout-servers", "http://127.0.0.1:1"),
                 *("--rollout-top-k", "5"),
             ],
-            "--rollout-top-k 5: --rollout-engine vllm does not return the kept ids",
+            "--rollout-top-k 5: training on a truncated distribution needs the kept ids",
         ),
+        (
+            ["--rollout-servers", "http://127.0.0.1:1", "--rollout-server-retries", "7"],
+            "--rollout-servers http://127.0.0.1:1: are not used by --rollout-engine inprocess",
+        ),
+        (["--rollout-engine", "sglang"], "--rollout-servers: --rollout-engine sglang needs the"),
+        (["--rollout-server-retries", "2"], "--rollout-server-retries: is read with"),
+        (
+            [
+                *("--rollout-engine", "vllm", "--rollout-servers", "http://127.0.0.1:1"),
+                *("--rollout-kv-cache-gib", "2", "--rollout-exact", "on"),
+            ],
+            "--rollout-kv-cache-gib: is the server's own affair with --rollout-engine vllm and "
+            "sglang; drop it\n--rollout-exact: is the server's own affair",
+        ),
+        (["--no-shuffle-prompts"], "--shuffle-prompts: is read in training only"),
+        (["--rollout-max-slot", "3"], "--rollout-max-slot: unknown flag; did you mean --rollout-m"),
         ([], "RANK and WORLD_SIZE are not set: start this with torchrun"),
     ],
 )

@@ -474,6 +474,45 @@ def test_cancelled_and_closed(servers, build) -> None:
     wait_for(lambda: not servers[0]._results)  # a server gives up what nobody waits for
 
 
+def test_a_closed_engine_stays_closed(servers, build) -> None:
+    engine = build("vllm", servers[:1])
+    pending = engine.submit(requests(2), sampling())
+    pending.result(5)
+    engine.close()
+    engine.close()
+    pending.cancel()
+    threads = threading.active_count()
+    for verb in (
+        lambda: engine.generate(requests(2), sampling()),
+        engine.ready,
+        engine.pause,
+        lambda: engine.resume(1),
+    ):
+        with pytest.raises(RolloutError, match="the engine was closed"):
+            verb()
+    assert threading.active_count() <= threads
+    assert servers[0].count(PATHS["vllm"]) == 1 + 1
+
+
+def test_close_ends_a_verb_of_another_thread(build) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # nobody listens
+        engine = build("vllm", [f"http://127.0.0.1:{unused.getsockname()[1]}"])
+        errors: list[RolloutError] = []
+
+        def wait() -> None:
+            with pytest.raises(RolloutError) as caught:
+                engine.ready(60)
+            errors.append(caught.value)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        wait_for(lambda: engine._loop is not None)
+        engine.close()
+        thread.join(5)
+    assert [str(error) for error in errors] == ["the engine was closed"]
+
+
 # Pauses.
 
 

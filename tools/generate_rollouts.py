@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from megatron_drpo.arguments import given_names, refuse_unused, types_of
 from megatron_drpo.cli import exit_status
 from megatron_drpo.config import (
     Config,
@@ -35,6 +36,7 @@ from megatron_drpo.config import (
     RewardConfig,
     RolloutConfig,
     TrainConfig,
+    WeightSyncConfig,
     flag,
 )
 from megatron_drpo.errors import ConfigError, DataError, DrpoError
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from megatron_drpo.mcore.parallel import Layout
     from megatron_drpo.preflight import Inputs
     from megatron_drpo.rewards.pool import RewardPool
-    from megatron_drpo.rollout.engine import RolloutEngine, Sampling
+    from megatron_drpo.rollout.engine import RolloutEngine
     from megatron_drpo.rollout.files import FileHeader, Pair, RolloutWriter
     from megatron_drpo.types import Prompt
 
@@ -52,9 +54,15 @@ _TRAINING_ONLY = (
     *("dynamic_sampling", "dynamic_sampling_rounds", "environment", "environment_max_turns"),
     *("eval_prompts", "shuffle_prompts"),
 )
+_LAYOUT = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("num_virtual_stages_per_pipeline_rank", "expert_model_parallel_size"),
+)
 _UNJUDGED = "megatron_drpo.rewards.exact:exact"
 """Stands for `--reward none` where a reward is looked for, as MODULE:FUNCTION, which no prompt
 needs an answer for. It is never called."""
+_SYNCED = WeightSyncConfig(weight_sync="disk", weight_sync_timeout_seconds=1e-3)
+"""Where training would demand that servers be given new weights; here there are none."""
 _SERVER_START_SECONDS = 60.0
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
@@ -97,7 +105,9 @@ def run(argv: Sequence[str]) -> None:
     Raises:
         DrpoError: whatever the user has to mend.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "0"))
+    groups = [Generate, ModelConfig, ParallelConfig, DataConfig, RolloutConfig, RewardConfig]
+    given = given_names(argv, types_of(groups))
     arguments = tyro.cli(
         Arguments,
         args=argv,
@@ -105,8 +115,10 @@ def run(argv: Sequence[str]) -> None:
         console_outputs=rank == 0,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    _refuse_unread(arguments)
-    if "WORLD_SIZE" not in os.environ:
+    _refuse_unread(arguments, given)
+    config = _config(arguments, world_size)
+    refuse_unused(config, given, {})
+    if not world_size:
         raise ConfigError(
             "RANK and WORLD_SIZE are not set: start this with torchrun --nproc-per-node N "
             "tools/generate_rollouts.py [flags]"
@@ -115,8 +127,7 @@ def run(argv: Sequence[str]) -> None:
     from megatron_drpo.mcore import parallel
     from megatron_drpo.preflight import preflight
 
-    config = _config(arguments, int(os.environ["WORLD_SIZE"]))
-    inputs = preflight(config, int(os.environ["WORLD_SIZE"]), rank)
+    inputs = preflight(config, world_size, rank)
     layout = parallel.initialize(config.parallel, inputs.device, config.train.seed)
     try:
         _Generation(arguments, config, inputs, layout).generate()
@@ -130,28 +141,21 @@ def run(argv: Sequence[str]) -> None:
     parallel.destroy(layout)
 
 
-def _refuse_unread(arguments: Arguments) -> None:
+def _refuse_unread(arguments: Arguments, given: set[str]) -> None:
+    """Raise for flags that only training reads, or not this engine."""
+    rollout, parallel = arguments.rollout, arguments.parallel
     problems = [
-        f"{flag(item.name)}: is read in training only; drop it"
-        for group in (arguments.rollout, arguments.data)
-        for item in dataclasses.fields(group)
-        if item.name in _TRAINING_ONLY and getattr(group, item.name) != item.default
+        f"{flag(name)}: is read in training only; drop it"
+        for name in _TRAINING_ONLY
+        if name in given
     ]
-    parallel = arguments.parallel
-    if arguments.rollout.uses_servers:
+    if rollout.uses_servers:
         problems += [
             f"{flag(name)} {getattr(parallel, name)}: the layout of --rollout-engine "
-            f"{arguments.rollout.rollout_engine} is the servers' own; drop it"
-            for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+            f"{rollout.rollout_engine} is the servers' own; drop it"
+            for name in _LAYOUT
             if getattr(parallel, name) > 1
         ]
-        if arguments.rollout.truncated:
-            problems.append(
-                f"--rollout-top-p {arguments.rollout.rollout_top_p} --rollout-top-k "
-                f"{arguments.rollout.rollout_top_k}: --rollout-engine "
-                f"{arguments.rollout.rollout_engine} does not return the kept ids, without which "
-                "nothing can be trained; use 1 and 0, or inprocess"
-            )
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -159,8 +163,8 @@ def _refuse_unread(arguments: Arguments) -> None:
 def _config(arguments: Arguments, world_size: int) -> Config:
     """A run over the same model and prompts, for the checks that training makes.
 
-    What only training limits is set aside: groups of one, small files, the budget of a row. Servers
-    are no part of it, since none of its weights are trained.
+    What only training limits is set aside: groups of one, small files, the budget of a row, the
+    weights of servers, which stay as they are.
     """
     parallel, rollout = arguments.parallel, arguments.rollout
     reward = arguments.reward
@@ -173,11 +177,10 @@ def _config(arguments: Arguments, world_size: int) -> Config:
         data=arguments.data,
         rollout=dataclasses.replace(
             rollout,
-            rollout_engine="inprocess",
-            rollout_servers=(),
             rollout_prompts_per_step=max(world_size // model_ranks, 1),
             rollout_samples_per_prompt=max(rollout.rollout_samples_per_prompt, 2),
         ),
+        weight_sync=_SYNCED if rollout.uses_servers else WeightSyncConfig(),
         reward=reward,
         train=TrainConfig(
             seed=arguments.generate.seed, updates_per_rollout=1, max_tokens_per_microbatch=1 << 40
@@ -192,16 +195,20 @@ class _Generation:
     def __init__(
         self, arguments: Arguments, config: Config, inputs: Inputs, layout: Layout
     ) -> None:
+        from megatron_drpo.rollout.engine import sampling_of
+
         self.arguments, self.config, self.inputs, self.layout = arguments, config, inputs, layout
         self.samples = arguments.rollout.rollout_samples_per_prompt
-        self.sampling = _sampling(arguments, inputs)
+        self.sampling = sampling_of(
+            arguments.rollout, inputs.stop_ids, seed=arguments.generate.seed
+        )
 
     def generate(self) -> None:
         """All that is left of this replica's shard; collective."""
         started, layout = time.perf_counter(), self.layout
-        engine, text = self._engine()
-        header = self._header(text)
         with ExitStack() as stack:
+            engine, text = self._engine(stack)
+            header = self._header(text)
             writer = pool = None
             if layout.is_replica_source:
                 writer = stack.enter_context(self._writer(header))
@@ -219,25 +226,17 @@ class _Generation:
                 time.perf_counter() - started,
             )
 
-    def _engine(self) -> tuple[RolloutEngine, str]:
-        """The engine, ready, and what it is called."""
-        rollout = self.arguments.rollout
-        if rollout.uses_servers:
-            from megatron_drpo.rollout.servers import ServerEngine
+    def _engine(self, stack: ExitStack) -> tuple[RolloutEngine, str]:
+        """The engine, ready, and what it is called; `stack` ends it."""
+        from megatron_drpo.mcore.policy import Policy
+        from megatron_drpo.rollout.engines import build_engine, server_engine
 
-            servers = ServerEngine(
-                rollout.rollout_engine,
-                rollout.rollout_servers,
-                timeout_seconds=rollout.rollout_server_timeout_seconds,
-                retries=rollout.rollout_server_retries,
-                decode=lambda ids: str(self.inputs.tokenizer.decode(ids)),
-            )
+        rollout, inputs = self.arguments.rollout, self.inputs
+        if rollout.uses_servers:
+            servers = server_engine(rollout, inputs.tokenizer)
+            stack.callback(servers.close)
             servers.ready(_SERVER_START_SECONDS)
             return servers, rollout.rollout_engine
-        from megatron_drpo.mcore.policy import Policy
-        from megatron_drpo.rollout.engines import build_engine
-
-        inputs = self.inputs
         policy = Policy.load(
             self.config,
             inputs.architecture,
@@ -359,22 +358,6 @@ class _Generation:
             return [(rollout, None) for rollout in rollouts], []
         scored = pool.score(rollouts)
         return [*zip(rollouts, scored.values, strict=True)], scored.failures
-
-
-def _sampling(arguments: Arguments, inputs: Inputs) -> Sampling:
-    from megatron_drpo.rollout.engine import Sampling
-
-    rollout = arguments.rollout
-    return Sampling(
-        temperature=rollout.rollout_temperature,
-        top_p=rollout.rollout_top_p,
-        top_k=rollout.rollout_top_k,
-        max_response_length=rollout.rollout_max_response_length,
-        stop_ids=inputs.stop_ids,
-        seed=arguments.generate.seed,
-        record_topk=rollout.rollout_topk,
-        stop_strings=rollout.rollout_stop_strings,
-    )
 
 
 def _weights_sha256(directory: Path, layout: Layout) -> str:
