@@ -740,6 +740,11 @@ class Config:
                 f"--rollout-servers: --rollout-engine {engine} needs the addresses of its servers, "
                 "such as http://10.0.0.7:8000"
             )
+        different = {address.rstrip("/") for address in rollout.rollout_servers}
+        if len(different) < len(rollout.rollout_servers):
+            problems.append(
+                f"--rollout-servers {' '.join(rollout.rollout_servers)}: an address is there twice"
+            )
         for address in rollout.rollout_servers:
             if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", address):
                 problems.append(

@@ -27,3 +27,7 @@ class RewardError(DrpoError, RuntimeError):
 
 class RolloutError(DrpoError, RuntimeError):
     """Generation or its log-probs failed a check, such as too large a gap to the trainer's."""
+
+
+class ServersError(RolloutError):
+    """Servers have failed, and every rank raises this alike: together they can still save."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_drpo.config import Config
+from megatron_drpo.errors import RolloutError, ServersError
 from megatron_drpo.mcore.policy import Policy
 from megatron_drpo.rollout.canary import Canary
 from megatron_drpo.rollout.servers import ServerEngine
@@ -36,7 +37,7 @@ class Serving:
         say: tells people a line, on one rank.
 
     Raises:
-        RolloutError: on all ranks, if not all servers are up.
+        ServersError: on all ranks, if not all servers are up.
     """
 
     def __init__(
@@ -54,10 +55,9 @@ class Serving:
         self._policy, self._engine, self._say = policy, engine, say
         clients = () if engine is None else engine.clients
         if engine is not None:
-            say(f"waiting for {len(clients)} server(s), up to {_START_SECONDS:g} s")
-        with ThreadPoolExecutor(1) as thread:
-            ready = None if engine is None else thread.submit(engine.ready, _START_SECONDS)
-            policy.layout.wait_for(ready)
+            urls = ", ".join(client.url for client in clients)
+            say(f"waiting for {urls}: at most {_START_SECONDS:g} s")
+        self._together(lambda engine: engine.ready(_START_SECONDS))
         self._sync: WeightSync = build_weight_sync(
             config.weight_sync,
             Model(policy.architecture, policy.models, policy.layout, policy.device.torch),
@@ -72,14 +72,15 @@ class Serving:
         """Give the servers the policy's weights as they are now; metrics of it.
 
         Raises:
-            RolloutError: on all ranks, if no server computes with them afterwards.
+            ServersError: on all ranks, if no server computes with them afterwards.
         """
         version = self._policy.num_updates
-        if self._engine:
-            self._engine.pause()
-        self._policy.layout.barrier()
-        synced = self._sync.sync(version)
-        checked = self._canary.check(version, synced.servers)
+        self._together(lambda engine: engine.pause())
+        try:
+            synced = self._sync.sync(version)
+            checked = self._canary.check(version, synced.servers)
+        except RolloutError as error:
+            raise ServersError(str(error)) from error
         excluded = {**synced.failures, **checked.failures}
         for url, reason in excluded.items():
             if url not in self._excluded:
@@ -89,9 +90,15 @@ class Serving:
         self._excluded = excluded
         if self._engine:
             self._engine.exclude(excluded)
-            self._engine.resume(version)
+        self._together(lambda engine: engine.resume(version))
         used = [gap for url, gap in checked.gaps.items() if url not in excluded]
         return {"servers/used": float(len(used)), "servers/canary_gap": max(used)}
+
+    def _together(self, verb: Callable[[ServerEngine], None]) -> None:
+        """A verb of all engines; what one of them raises, every rank does."""
+        with ThreadPoolExecutor(1) as thread:
+            engine = self._engine
+            self._policy.layout.wait_for(None if engine is None else thread.submit(verb, engine))
 
     def close(self) -> None:
         """Leave the servers as they are."""

@@ -30,6 +30,7 @@ from megatron_drpo.checkpoint.hf import copy_settings
 from megatron_drpo.checkpoint.model_weights import export_hf
 from megatron_drpo.collect import Batch, Collector
 from megatron_drpo.config import Config
+from megatron_drpo.errors import ServersError
 from megatron_drpo.gate import Gate
 from megatron_drpo.mcore import parallel, state
 from megatron_drpo.mcore.model import use_transformer_engine
@@ -107,6 +108,8 @@ class _Run:
         self.evaluated: dict[str, float] = {}
         self.skipped_updates = 0
         self.step = 0
+        self.saved_step = 0
+        """Of the newest checkpoint."""
         if config.output.resume:
             self._resume()
         self.engine = None
@@ -150,6 +153,7 @@ class _Run:
         assert path is not None, "preflight checks that there is a checkpoint"
         progress = state.load_checkpoint(path, self.policy)
         self.step, self.skipped_updates = progress.step, progress.skipped_updates
+        self.saved_step = self.step
         self.say(f"resumed from {path}: {self.step} steps done")
 
     # The loop.
@@ -177,8 +181,16 @@ class _Run:
         if self.step == 0:
             self._evaluate()
         while self.step < steps:
-            scalars, histograms = self._train_step()
-            self.step += 1
+            scalars: dict[str, float] = {}
+            histograms: dict[str, torch.Tensor] = {}
+            try:
+                scalars, histograms = self._train_step()
+                self.step += 1
+                scalars |= self._sync()
+            except ServersError as error:
+                if scalars:  # the step is done
+                    self._log(scalars, histograms)
+                raise ServersError(f"{error}\n{self._rescue()}") from error
             scalars |= self.timer.pop()
             _add_throughput(scalars)
             self._log(scalars, histograms)
@@ -243,7 +255,7 @@ class _Run:
             scalars |= self.gate.check(updates, self.step)
         with self.timer.phase("train"):
             updated, tokens = self._update(updates)
-        scalars |= updated | self._sync()
+        scalars |= updated
         scalars["tokens/response"] = sum(t.rollout.response_ids.numel() for t in trajectories)
         scalars["tokens/total"] = scalars["tokens/response"] + sum(
             t.rollout.prompt.token_ids.numel() for t in trajectories
@@ -261,6 +273,20 @@ class _Run:
             ),
         }
         return scalars, histograms
+
+    def _rescue(self) -> str:
+        """Save what was trained, as far as it is not saved; what a person can do then.
+
+        Servers fail before the first update of a step or after its last.
+        """
+        if self.saved_step < self.step:
+            self._checkpoint()
+        if not self.step:
+            return "mend or replace the servers, and start again"
+        return (
+            f"the {self.step} steps done are saved; mend or replace the servers, then continue "
+            "with --resume"
+        )
 
     def _sync(self) -> dict[str, float]:
         """New weights into the servers, where servers generate."""
@@ -383,6 +409,7 @@ class _Run:
                 self.settings,
                 keep=self.config.output.checkpoint_keep,
             )
+        self.saved_step = self.step
         self._log({"time/checkpoint": self.timer.pop()["time/checkpoint"]})
 
     def _export(self) -> None:

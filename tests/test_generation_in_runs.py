@@ -29,6 +29,19 @@ def rare(request):
 def length(request):
     return -len(request.response) / 8
 
+def breaking(request):
+    \"\"\"In the second step all servers begin to return another law's log-probs.\"\"\"
+    import json, urllib.request
+    with open("calls", "a") as file:
+        file.write("x")
+        if file.tell() == 9:
+            for url in json.load(open("urls.json")):
+                body = json.dumps({"fault": "raw", "times": 4}).encode()
+                headers = {"Content-Type": "application/json"}
+                fail = urllib.request.Request(url + "/loopback/fail", body, headers)
+                urllib.request.urlopen(fail).close()
+    return -len(request.response) / 8
+
 class Echo:
     def __init__(self, prompt):
         self.turns = 0
@@ -41,8 +54,10 @@ class Echo:
 
 def _train(rank: int, world_size: int, root: Path, urls: list[str]) -> None:
     """Runs that share one start of the processes; each is a whole `train.run`."""
+    from megatron.core import parallel_state
+
     from megatron_drpo import cli
-    from megatron_drpo.errors import RolloutError
+    from megatron_drpo.errors import RolloutError, ServersError
 
     os.chdir(root)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
@@ -67,6 +82,12 @@ def _train(rank: int, world_size: int, root: Path, urls: list[str]) -> None:
     cli.start([*flags, *served, *disk, "--save-rollouts", "--output-dir", "disk"])
     group = ["--rollout-engine", "sglang", "--weight-sync", "collective", "--rollout-lag", "1"]
     cli.start([*flags, *tp2, *served, *group, "--train-iters", "4", "--output-dir", "collective"])
+    mended = [*flags, *served, *disk, "--reward", "own:breaking", "--train-iters", "4"]
+    with pytest.raises(ServersError) as failed:
+        cli.start([*mended, "--output-dir", "mended"])
+    Path(f"mended-{rank}").write_text(str(failed.value))
+    parallel_state.destroy_model_parallel()
+    cli.start([*mended, "--output-dir", "mended", "--resume"])
     if rank == 0:
         _fail(urls[0], "stale")  # and stay so
     torch.distributed.barrier()
@@ -119,6 +140,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, li
             assert process.stdout
             urls.append(process.stdout.readline().strip())
             assert urls[-1].startswith("http://"), "the server did not start"
+        (root / "urls.json").write_text(json.dumps(urls))
         yield root, urls
     finally:
         for process in processes:
@@ -209,6 +231,16 @@ def test_generation_that_runs_ahead_is_at_most_so_many_steps_old(runs: Path) -> 
     assert [step["staleness/max"] for step in logged] == [0, 1, 1, 1]
     assert all(step["servers/canary_gap"] < 1e-5 for step in logged)
     assert logged[0]["engine_gap/max_abs"] < 1e-5
+
+
+@pytest.mark.distributed
+def test_what_was_trained_is_saved_when_all_servers_fail(runs: Path) -> None:
+    texts = [(runs / f"mended-{rank}").read_text() for rank in range(2)]
+    assert texts[0] == texts[1]
+    assert "the 2 steps done are saved" in texts[0] and "--resume" in texts[0]
+    logged = steps(runs / "mended")
+    assert [step["step"] for step in logged] == [1, 2, 3, 4]
+    assert logged[-1]["policy_version"] == 8
 
 
 @pytest.mark.distributed

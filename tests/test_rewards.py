@@ -332,9 +332,9 @@ def test_more_failures_than_allowed_stop_the_run_at_once(module):
         score(slow, ["x"] * 16)
     # The fifth makes it certain: the others are not tried.
     assert str(caught.value).startswith(
-        f"--reward-max-failures 0.25: 5 of 16 responses have no reward (--reward {name}:reward) "
-        "and 4 may have none; mend what failed, or raise the limit: prompt 'train.jsonl:7', "
-        "sample 0: took longer than --reward-timeout-seconds 0.2; prompt"
+        "--reward-max-failures 0.25: 5 of 16 responses have no reward and 4 may have none; "
+        "mend what failed, or raise the limit: prompt 'train.jsonl:7', sample 0: took longer than "
+        "--reward-timeout-seconds 0.2; prompt"
     )
     assert str(caught.value).endswith("; and 2 more")
     with RewardPool(slow) as pool:  # of a larger batch, as many may be lost

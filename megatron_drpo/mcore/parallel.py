@@ -17,7 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_drpo.config import ParallelConfig
 from megatron_drpo.device import Device
-from megatron_drpo.errors import DrpoError, RolloutError
+from megatron_drpo.errors import DrpoError, ServersError
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Layout:
             future: of this rank, if it has one.
 
         Raises:
-            RolloutError: on every rank, as soon as one of the futures has failed.
+            ServersError: on every rank, as soon as one of the futures has failed.
         """
         while True:
             done = future is None or future.done()
@@ -120,7 +120,7 @@ class Layout:
         if error is not None and not isinstance(error, DrpoError):
             raise error  # a defect: with its traceback, where it is
         told = self.gather_objects(None if error is None else str(error))
-        raise RolloutError("\n".join(dict.fromkeys(told)) or "generation failed on another rank")
+        raise ServersError("\n".join(dict.fromkeys(told)) or "generation failed on another rank")
 
     def barrier(self) -> None:
         dist.barrier(group=self.control_group)

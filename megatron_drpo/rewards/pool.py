@@ -62,10 +62,8 @@ def check_failures(config: RewardConfig, failures: Sequence[str], batch_size: in
         more = f"; and {len(failures) - _NAMED} more" if len(failures) > _NAMED else ""
         raise RewardError(
             f"--reward-max-failures {config.reward_max_failures:g}: {len(failures)} of "
-            f"{batch_size} responses have no reward (--reward {config.reward}) and {allowed} may "
-            "have none; mend what failed, or raise the limit: "
-            + "; ".join(failures[:_NAMED])
-            + more
+            f"{batch_size} responses have no reward and {allowed} may have none; mend what "
+            "failed, or raise the limit: " + "; ".join(failures[:_NAMED]) + more
         )
 
 
