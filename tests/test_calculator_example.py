@@ -51,7 +51,7 @@ def test_a_policy_learns_to_call_the_calculator(tmp_path: Path) -> None:
     steps = [line for line in lines if "engine_gap/exact_share" in line]
     assert len(steps) == 15
     assert all(line["engine_gap/exact_share"] == 1 for line in steps)
-    last = (tmp_path / "run/rollouts/step-000015.jsonl").read_text().splitlines()
+    _, *last = (tmp_path / "run/rollouts/step-000015.jsonl").read_text().splitlines()
     called = [json.loads(line) for line in last if "calc(" in json.loads(line)["response"]]
     assert len(called) > 0.8 * len(last)
     assert all(False in line["loss_mask"] for line in called if line["reward"] == 1)
