@@ -6,7 +6,6 @@ where something is to be mended, messages on one rank.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_drpo import disk
 from megatron_drpo.arguments import Options, parse
 from megatron_drpo.config import Config
 from megatron_drpo.errors import ConfigError, DrpoError
@@ -23,8 +23,6 @@ USAGE_ERROR = 2
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
-
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 _GRACE_SECONDS = 2.0
 
@@ -82,15 +80,11 @@ def start(argv: Sequence[str]) -> None:
     else:
         from megatron_drpo import train
 
-        try:
+        with disk.users_errors(
+            f"--output-dir {config.output.output_dir}",
+            "continue with --resume if there is a checkpoint",
+        ):
             train.run(config, inputs)
-        except OSError as error:
-            if error.errno not in _DISK:
-                raise
-            raise DrpoError(
-                f"--output-dir {config.output.output_dir}: {error.strerror}; free or mend the "
-                "disk, then continue with --resume if there is a checkpoint"
-            ) from error
 
 
 def _rank() -> int:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_drpo.config import Config
 from megatron_drpo.mcore.parallel import Layout
@@ -32,6 +32,9 @@ from megatron_drpo.rollout.engine import (
 from megatron_drpo.rollout.environment import load_environment
 from megatron_drpo.rollout.episodes import run_episodes
 from megatron_drpo.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _EVAL_STREAM = 1 << 40
 """Evaluation draws from streams of its own, the same ones each time."""
@@ -240,22 +243,11 @@ class Collector:
                 any_live=self._any_live,
             )
             return _Produced(episodes.rollouts, episodes.rewards, episodes.failures)
-        requests = [
-            Request(prompt.token_ids, stream)
-            for (prompt, _), stream in zip(wanted, streams, strict=True)
-        ]
-        completions = engine.generate(requests, job.sampling)
-        if not job.to_train:  # of no use then, and much to send around
-            completions = [replace(done, kept_ids=None) for done in completions]
-        if not completions:  # of none, the tokenizer's list of texts is not empty
-            return _Produced([], [], [])
-        texts = self.inputs.tokenizer.batch_decode(
-            [done.response_ids.tolist() for done in completions], skip_special_tokens=True
+        rollouts = generate_rollouts(
+            engine, wanted, streams, job.sampling, self.inputs.tokenizer, version
         )
-        rollouts = [
-            make_rollout(prompt, sample, done, text, version)
-            for (prompt, sample), done, text in zip(wanted, completions, texts, strict=True)
-        ]
+        if not job.to_train:  # of no use then, and much to send around
+            rollouts = [replace(rollout, kept_ids=None) for rollout in rollouts]
         return _Produced(rollouts, [None] * len(rollouts), [])
 
     def _any_live(self, here: bool) -> bool:
@@ -348,7 +340,38 @@ class Collector:
         return replace(_batch([groups[n] for n in sorted(chosen)], failures), statistics=told)
 
 
-def make_rollout(
+def generate_rollouts(
+    engine: RolloutEngine,
+    wanted: Sequence[tuple[Prompt, int]],
+    streams: Sequence[int],
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerBase,
+    policy_version: int,
+) -> list[Rollout]:
+    """One response to each prompt.
+
+    Args:
+        wanted: [N], prompt and number of the sample; samples of one prompt next to each other.
+        streams: [N], the stream of random numbers of each.
+        policy_version: where the engine does not say itself.
+    """
+    requests = [
+        Request(prompt.token_ids, stream)
+        for (prompt, _), stream in zip(wanted, streams, strict=True)
+    ]
+    completions = engine.generate(requests, sampling)
+    if not completions:  # of none, the tokenizer's list of texts is not empty
+        return []
+    texts = tokenizer.batch_decode(
+        [done.response_ids.tolist() for done in completions], skip_special_tokens=True
+    )
+    return [
+        _rollout(prompt, sample, done, text, policy_version)
+        for (prompt, sample), done, text in zip(wanted, completions, texts, strict=True)
+    ]
+
+
+def _rollout(
     prompt: Prompt, sample: int, done: Completion, text: str, policy_version: int
 ) -> Rollout:
     """A completion as the rollout of its prompt; `policy_version` where it does not say itself."""

@@ -218,6 +218,12 @@ class RolloutConfig:
         return self.rollout_engine != "inprocess"
 
     @property
+    def kv_cache_bytes(self) -> int | None:
+        """`--rollout-kv-cache-gib` in bytes."""
+        gib = self.rollout_kv_cache_gib
+        return None if gib is None else int(gib * 2**30)
+
+    @property
     def num_drawn_prompts(self) -> int:
         """Prompts that a step draws at first: more than it takes with dynamic sampling only."""
         extra = self.rollout_extra_prompts if self.dynamic_sampling else 0

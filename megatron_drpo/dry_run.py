@@ -15,7 +15,7 @@ from megatron_drpo.checkpoint.families import Entry, family_of
 from megatron_drpo.config import Config, ObjectiveConfig, flag
 from megatron_drpo.objectives import build_objective
 from megatron_drpo.preflight import Inputs
-from megatron_drpo.rollout.memory import kv_cache_bytes, slots_within
+from megatron_drpo.rollout.memory import kv_cache_bytes, planned_slots
 from megatron_drpo.vocab_parallel.linear import BUDGET, BUDGET_MIXED
 
 
@@ -219,29 +219,24 @@ def _output_memory(config: Config, inputs: Inputs, world_size: int) -> dict[str,
 
 def _slots(config: Config, inputs: Inputs, world_size: int) -> int:
     """Responses that a rank's KV cache holds at the same time, at most."""
-    rollout, (tp, pp, dp) = config.rollout, _sizes(config, world_size)
+    rollout, (_, pp, dp) = config.rollout, _sizes(config, world_size)
     wanted = [(len(inputs.eval_prompts), config.eval.eval_samples_per_prompt)]
     if inputs.rollouts is None:
         wanted.append((rollout.num_drawn_prompts, rollout.rollout_samples_per_prompt))
     most = max(-(-prompts // dp) * samples for prompts, samples in wanted)
     slots = min(rollout.rollout_max_slots, most)
-    if rollout.rollout_kv_cache_gib is None:
-        return slots
-    room = slots_within(
-        int(rollout.rollout_kv_cache_gib * 2**30),
-        inputs.architecture,
-        tp_size=tp,
-        pp_size=pp,
-        element_bytes=2 if config.model.bf16 else 4,
-        length=_longest(config, inputs),
-    )
-    return min(slots, pp * room)
+    room = planned_slots(config, inputs.architecture, _longest_prompt(inputs))
+    return slots if room is None else min(slots, pp * room)
+
+
+def _longest_prompt(inputs: Inputs) -> int:
+    prompts = (*inputs.prompts, *inputs.eval_prompts)
+    return max((prompt.token_ids.numel() for prompt in prompts), default=0)
 
 
 def _longest(config: Config, inputs: Inputs) -> int:
     """Tokens that a sequence may come to, prompt and response."""
-    prompts = [prompt.token_ids.numel() for prompt in (*inputs.prompts, *inputs.eval_prompts)]
-    return max(prompts, default=0) + config.rollout.rollout_max_response_length
+    return _longest_prompt(inputs) + config.rollout.rollout_max_response_length
 
 
 def _consequences(config: Config, inputs: Inputs) -> list[str]:

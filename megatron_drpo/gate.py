@@ -43,7 +43,12 @@ def bound(config: Config, *, exact: bool) -> Bound:
         return Bound(0.2, "for servers")
     if exact:
         return Bound(0.0, "generation equals training bit for bit")
-    return Bound(0.1, "for bf16") if config.model.bf16 else Bound(1e-3, "for fp32")
+    return Bound(rounding(config), "for bf16" if config.model.bf16 else "for fp32")
+
+
+def rounding(config: Config) -> float:
+    """Mean gap in nats that arithmetic alone can make."""
+    return 0.1 if config.model.bf16 else 1e-3
 
 
 class _Compared(NamedTuple):
@@ -59,8 +64,6 @@ class Gate:
     def __init__(self, config: Config, policy: Policy, *, exact: bool) -> None:
         self._config, self._policy = config, policy
         self.bound = bound(config, exact=exact)
-        self.rounding = 0.1 if config.model.bf16 else 1e-3
-        """Mean gap in nats that arithmetic alone can make."""
 
     def check(self, updates: Sequence[Sequence[Row]], step: int) -> dict[str, float]:
         """`engine_gap/*` of a batch's fresh tokens; the same on every rank, collective.
@@ -74,15 +77,16 @@ class Gate:
                 bound.
         """
         rows = [*chain.from_iterable(updates)]
-        gap = engine_gap_statistics(*self._gather(rows, [row.old_logprobs for row in rows]))
+        compared = self._gather(rows, [row.old_logprobs for row in rows])
+        gap = engine_gap_statistics(*compared)
         recorded = self._config.rollout.rollouts_file is not None
         if gap and not recorded and not gap["engine_gap/mean_abs"] <= self.bound.nats:
             raise RolloutError(
                 f"--max-engine-gap {self.bound.nats:g} ({self.bound.reason}): behaviour log-probs "
                 f"of step {step + 1} differ from the trainer's by "
                 f"{gap['engine_gap/mean_abs']:.4g} nats per token on average, so they do not "
-                f"describe the policy that is trained. {self._diagnose(rows)} Raise the limit only "
-                "if you know why"
+                "describe the policy that is trained. "
+                f"{self._diagnose(rows, compared)} Raise the limit only if you know why"
             )
         return gap
 
@@ -101,10 +105,9 @@ class Gate:
         trainer, behaviour = zip(*pairs, strict=True)
         return _Compared(torch.cat(trainer), torch.cat(behaviour))
 
-    def _diagnose(self, rows: Sequence[Row]) -> str:
+    def _diagnose(self, rows: Sequence[Row], compared: _Compared) -> str:
         """What the gap looks like, after scoring the batch under other assumptions."""
         rollout = self._config.rollout
-        compared = self._gather(rows, [row.old_logprobs for row in rows])
         candidates = {"the trainer's law": compared.trainer}
 
         def score(which: Callable[[TokenScores], Tensor], **how: Any) -> Tensor:
@@ -119,5 +122,5 @@ class Gate:
             compared.behaviour,
             candidates,
             entropy=score(lambda each: each.entropy),
-            rounding=self.rounding,
+            rounding=rounding(self._config),
         )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_drpo.disk import write_atomically
 from megatron_drpo.errors import DataError
 from megatron_drpo.types import Trajectory
 
@@ -357,16 +357,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     return records
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file at once: a reader, or a run killed here, sees the old text or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class MetricsWriter:

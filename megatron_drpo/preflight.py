@@ -27,7 +27,7 @@ from megatron_drpo.rewards import check_prompts
 from megatron_drpo.rewards.pool import check_reward
 from megatron_drpo.rollout.environment import load_environment
 from megatron_drpo.rollout.files import check_header, read_header, read_rollouts, tokenizer_sha256
-from megatron_drpo.rollout.memory import slots_within
+from megatron_drpo.rollout.memory import planned_slots
 from megatron_drpo.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -486,17 +486,9 @@ def _read(
         shuffle = config.data.shuffle_prompts
         problems.attempt(PromptSampler, len(prompts), per_step, seed, shuffle)
     _check_row_budget(config, prompts, rollouts or (), problems)
-    if rollout.rollout_kv_cache_gib is not None and (prompts or eval_prompts):
+    if prompts or eval_prompts:
         longest = max(prompt.token_ids.numel() for prompt in (*prompts, *eval_prompts))
-        problems.attempt(
-            slots_within,
-            int(rollout.rollout_kv_cache_gib * 2**30),
-            architecture,
-            tp_size=config.parallel.tensor_model_parallel_size,
-            pp_size=config.parallel.pipeline_model_parallel_size,
-            element_bytes=2 if config.model.bf16 else 4,
-            length=longest + rollout.rollout_max_response_length,
-        )
+        problems.attempt(planned_slots, config, architecture, longest)
     if ends is None or device is None:
         return None
     return Inputs(

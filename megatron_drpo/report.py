@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_drpo.config import flag
+from megatron_drpo.disk import write_atomically
 from megatron_drpo.errors import DataError
-from megatron_drpo.metrics import MU_BUCKETS, Histogram, read_jsonl, write_atomically
+from megatron_drpo.metrics import MU_BUCKETS, Histogram, read_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,21 +27,21 @@ from tqdm import tqdm
 from megatron_drpo.advantages import make_trajectories
 from megatron_drpo.checkpoint import resume
 from megatron_drpo.checkpoint.hf import copy_settings
-from megatron_drpo.checkpoint.model_weights import export_hf
 from megatron_drpo.collect import Batch, Collector
 from megatron_drpo.config import Config
+from megatron_drpo.disk import write_atomically
 from megatron_drpo.errors import ServersError
-from megatron_drpo.gate import Gate
+from megatron_drpo.gate import Gate, rounding
 from megatron_drpo.mcore import parallel, state
 from megatron_drpo.mcore.model import use_transformer_engine
 from megatron_drpo.mcore.policy import Policy
+from megatron_drpo.mcore.weights import export
 from megatron_drpo.metrics import (
     MetricsWriter,
     PhaseTimer,
     TokenDiagnostics,
     rollout_statistics,
     trust_region_statistics,
-    write_atomically,
 )
 from megatron_drpo.packing import split_updates
 from megatron_drpo.preflight import Inputs
@@ -139,7 +139,7 @@ class _Run:
                 [prompt.token_ids for prompt in (*inputs.prompts, *inputs.eval_prompts)],
                 self.settings,
                 bound=bound.nats,
-                rounding=self.gate.rounding,
+                rounding=rounding(config),
                 say=self.say,
             )
 
@@ -414,15 +414,12 @@ class _Run:
 
     def _export(self) -> None:
         path = self.directory / "hf"
-        export_hf(
+        export(
             path,
             self.settings,
             self.inputs.architecture,
             self.policy.models,
-            tp_group=self.layout.tp_group,
-            pp_group=self.layout.pp_group,
-            ep_group=self.layout.ep_group,
-            dp_rank=self.layout.dp_rank,
+            self.layout,
             run=f"{self.directory.resolve()}, step {self.step}",
         )
         self.layout.barrier()

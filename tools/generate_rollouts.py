@@ -11,7 +11,6 @@ it. Train on the result with `--rollouts-file DIR`.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import math
 import os
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from megatron_drpo import disk
 from megatron_drpo.arguments import given_names, refuse_unused, types_of
 from megatron_drpo.cli import exit_status
 from megatron_drpo.config import (
@@ -39,7 +39,7 @@ from megatron_drpo.config import (
     WeightSyncConfig,
     flag,
 )
-from megatron_drpo.errors import ConfigError, DataError, DrpoError
+from megatron_drpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megatron_drpo.mcore.parallel import Layout
@@ -64,7 +64,6 @@ needs an answer for. It is never called."""
 _SYNCED = WeightSyncConfig(weight_sync="disk", weight_sync_timeout_seconds=1e-3)
 """Where training would demand that servers be given new weights; here there are none."""
 _SERVER_START_SECONDS = 60.0
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
 @dataclass(frozen=True)
@@ -129,15 +128,8 @@ def run(argv: Sequence[str]) -> None:
 
     inputs = preflight(config, world_size, rank)
     layout = parallel.initialize(config.parallel, inputs.device, config.train.seed)
-    try:
+    with disk.users_errors(f"--out {arguments.generate.out}", "continue with --resume"):
         _Generation(arguments, config, inputs, layout).generate()
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        raise DrpoError(
-            f"--out {arguments.generate.out}: {error.strerror}; free or mend the disk, then "
-            "continue with --resume"
-        ) from error
     parallel.destroy(layout)
 
 
@@ -336,25 +328,18 @@ class _Generation:
         self, engine: RolloutEngine, batch: Sequence[list[int]], pool: RewardPool | None
     ) -> tuple[list[Pair], list[str]]:
         """The groups of one batch of prompts (none once this replica has finished)."""
-        from megatron_drpo.collect import make_rollout
-        from megatron_drpo.rollout.engine import Request
+        from megatron_drpo.collect import generate_rollouts
 
         jobs = [(i, sample) for places in batch for i in places for sample in range(self.samples)]
-        prompts = self.inputs.prompts
-        completions = engine.generate(
-            [Request(prompts[i].token_ids, i * self.samples + sample) for i, sample in jobs],
+        rollouts = generate_rollouts(
+            engine,
+            [(self.inputs.prompts[i], sample) for i, sample in jobs],
+            [i * self.samples + sample for i, sample in jobs],
             self.sampling,
+            self.inputs.tokenizer,
+            policy_version=0,
         )
-        if not jobs:
-            return [], []
-        texts = self.inputs.tokenizer.batch_decode(
-            [done.response_ids.tolist() for done in completions], skip_special_tokens=True
-        )
-        rollouts = [
-            make_rollout(prompts[i], sample, done, text, 0)
-            for (i, sample), done, text in zip(jobs, completions, texts, strict=True)
-        ]
-        if pool is None:
+        if pool is None or not rollouts:
             return [(rollout, None) for rollout in rollouts], []
         scored = pool.score(rollouts)
         return [*zip(rollouts, scored.values, strict=True)], scored.failures

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_drpo.checkpoint.families import Architecture, Entry, family_of
 from megatron_drpo.checkpoint.manifest import Weights, digest, dtype_name
+from megatron_drpo.disk import sync_path
 from megatron_drpo.errors import CheckpointError
 
 Described = tuple[torch.dtype, tuple[int, ...]]
@@ -540,22 +541,14 @@ def staging_of(out: Path) -> Path:
 def publish(staging: Path, out: Path) -> None:
     """Force what was staged to disk and call it `out`, in place of an earlier checkpoint."""
     for path in [*staging.iterdir(), staging]:
-        _sync(path)
+        sync_path(path)
     old = out.with_name(f".{out.name}.old")
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     staging.rename(out)
-    _sync(out.absolute().parent)
+    sync_path(out.absolute().parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_json(path: Path, value: object) -> None:

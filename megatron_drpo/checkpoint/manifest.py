@@ -23,8 +23,8 @@ from torch import Tensor
 
 import megatron_drpo
 from megatron_drpo.checkpoint.families import Architecture, Entry
+from megatron_drpo.disk import write_atomically
 from megatron_drpo.errors import CheckpointError
-from megatron_drpo.metrics import write_atomically
 
 FILE = "manifest.json"
 FORMAT = "megatron-drpo-manifest/1"

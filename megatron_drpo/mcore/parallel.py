@@ -6,6 +6,7 @@ Out: `Layout`, the frozen record that everybody above asks for ranks, sizes and 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,6 +96,19 @@ class Layout:
         dist.broadcast_object_list(values, group=self.replica_group, group_src=0)
         return values[0]
 
+    def raise_together(
+        self, problems: Sequence[str], kind: type[DrpoError], remedy: str | None = None
+    ) -> None:
+        """Raise the problems of all ranks on every rank, if there are any; collective.
+
+        Args:
+            problems: of this rank.
+            remedy: a last line of the message.
+        """
+        found = [problem for each in self.gather_objects(problems) for problem in each]
+        if found:
+            raise kind("\n".join([*dict.fromkeys(found), *([remedy] if remedy else [])]))
+
     def wait_for(self, future: Future[Any] | None, seconds: float = 0.2) -> None:
         """Return once the futures of all ranks are done, however long that takes.
 
@@ -108,19 +122,17 @@ class Layout:
         """
         while True:
             done = future is None or future.done()
-            failed = future is not None and future.done() and future.exception() is not None
-            state = torch.tensor([int(done), int(not failed)])
+            error = future.exception() if future is not None and done else None
+            state = torch.tensor([int(done), int(error is None)])
             dist.all_reduce(state, dist.ReduceOp.MIN, group=self.control_group)
             if not state[1]:
                 break
             if state[0]:
                 return
             time.sleep(seconds)
-        error = future.exception() if failed and future is not None else None
         if error is not None and not isinstance(error, DrpoError):
             raise error  # a defect: with its traceback, where it is
-        told = self.gather_objects(None if error is None else str(error))
-        raise ServersError("\n".join(dict.fromkeys(told)) or "generation failed on another rank")
+        self.raise_together([] if error is None else [str(error)], ServersError)
 
     def barrier(self) -> None:
         dist.barrier(group=self.control_group)
@@ -151,8 +163,9 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     control: Any = dist.new_group(backend="gloo", timeout=timeout)
-    replica: Any = _replica_group(control, timeout)
     groups: Any = parallel_state  # Megatron's annotations allow for ranks outside a group
+    # Sorted, so that the replica's source comes first.
+    replica = _twin(groups.get_model_parallel_group(), control, timeout, "gloo")
     return Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -175,34 +188,19 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
     )
 
 
-def _replica_group(control: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
-    """The ranks that share this one's `dp_rank`, the replica's source first."""
-    members: list[Any] = [None] * dist.get_world_size()
-    place = (
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_rank(),
-    )
-    dist.all_gather_object(members, place, group=control)
-    replicas: dict[int, list[int]] = {}
-    for rank in sorted(range(len(members)), key=lambda rank: members[rank]):
-        replicas.setdefault(members[rank][0], []).append(rank)
-    group: Any
-    group, _ = dist.new_subgroups_by_enumeration(
-        list(replicas.values()), timeout=timeout, backend="gloo"
-    )
-    return group
-
-
 def _twin(
-    group: dist.ProcessGroup, control: dist.ProcessGroup, timeout: timedelta
-) -> dist.ProcessGroup:
+    group: dist.ProcessGroup,
+    control: dist.ProcessGroup,
+    timeout: timedelta,
+    backend: str | None = None,
+) -> Any:
     """Another group of the ranks of `group`; collective over all ranks, who form such groups."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, tuple(dist.get_process_group_ranks(group)), group=control)
     # All ranks have to make all groups, in the same order.
     twins: dict[Any, Any] = {
-        ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in sorted(set(every))
+        ranks: dist.new_group(list(ranks), timeout=timeout, backend=backend)
+        for ranks in sorted(set(every))
     }
     return twins[every[dist.get_rank()]]
 

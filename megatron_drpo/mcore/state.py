@@ -12,7 +12,6 @@ trust as you trust the program.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,10 +35,10 @@ from megatron_drpo.checkpoint.resume import (
     read_state,
 )
 from megatron_drpo.config import Config
+from megatron_drpo.disk import sync_path, write_atomically
 from megatron_drpo.errors import CheckpointError
 from megatron_drpo.mcore.policy import Policy
 from megatron_drpo.mcore.weights import raise_everywhere
-from megatron_drpo.metrics import write_atomically
 
 
 def save_checkpoint(
@@ -87,7 +86,9 @@ def save_checkpoint(
         (staging / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     layout.barrier()
     if layout.rank == 0:
-        _sync(staging)
+        # To disk, so that the rename cannot come before them.
+        for path in [*staging.rglob("*"), staging]:
+            sync_path(path)
         if final.exists():  # the same step again, after resuming from an earlier one
             shutil.rmtree(final)
         staging.rename(final)
@@ -190,13 +191,3 @@ def _set_random_states(states: dict[str, Tensor]) -> None:
     tracker.set_states(
         {name[len(prefix) :]: value for name, value in states.items() if name.startswith(prefix)}
     )
-
-
-def _sync(directory: Path) -> None:
-    """Force the directory's files to disk, so that the rename cannot come before them."""
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

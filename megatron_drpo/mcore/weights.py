@@ -13,7 +13,7 @@ from torch import nn
 
 from megatron_drpo.checkpoint.families import Architecture
 from megatron_drpo.checkpoint.manifest import FILE, Weights, check_manifest, read_manifest
-from megatron_drpo.checkpoint.model_weights import load_weights
+from megatron_drpo.checkpoint.model_weights import export_hf, load_weights
 from megatron_drpo.checkpoint.resume import STATE, damaged_files, read_state
 from megatron_drpo.checkpoint.torch_dist import open_weights
 from megatron_drpo.errors import CheckpointError
@@ -72,6 +72,29 @@ def load(
     return found
 
 
+def export(
+    path: Path,
+    settings: Path,
+    architecture: Architecture,
+    models: Sequence[nn.Module],
+    layout: Layout,
+    *,
+    run: str = "",
+) -> None:
+    """`model_weights.export_hf` of chunks in this layout; collective over all ranks."""
+    export_hf(
+        path,
+        settings,
+        architecture,
+        models,
+        tp_group=layout.tp_group,
+        pp_group=layout.pp_group,
+        ep_group=layout.ep_group,
+        dp_rank=layout.dp_rank,
+        run=run,
+    )
+
+
 def raise_everywhere(
     layout: Layout, find: Callable[[], Sequence[str]], remedy: str | None = None
 ) -> None:
@@ -85,9 +108,7 @@ def raise_everywhere(
         problems = [*find()]
     except (CheckpointError, OSError) as error:
         problems = [str(error)]
-    found = [problem for each in layout.gather_objects(problems) for problem in each]
-    if found:
-        raise CheckpointError("\n".join([*dict.fromkeys(found), *([remedy] if remedy else [])]))
+    layout.raise_together(problems, CheckpointError, remedy)
 
 
 def _verify(weights: Weights, layout: Layout) -> tuple[list[str], str]:

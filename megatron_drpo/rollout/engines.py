@@ -57,13 +57,12 @@ def server_engine(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> 
 def _inprocess_engine(
     config: RolloutConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase
 ) -> Engine:
-    gib = config.rollout_kv_cache_gib
     wanted = config.rollout_exact
     exact = wanted == "on" or (wanted == "auto" and policy.device.kind == "cpu")
     engine = InProcessEngine(
         policy,
         max_slots=config.rollout_max_slots,
-        cache_bytes=None if gib is None else int(gib * 2**30),
+        cache_bytes=config.kv_cache_bytes,
         exact=exact,
         decode=_decoder(tokenizer),
     )

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from megatron_drpo.config import Config
+from megatron_drpo.disk import sync_path
 from megatron_drpo.errors import DataError
 from megatron_drpo.prompts import raise_problems, read_jsonl
 from megatron_drpo.rollout.engine import Sampling
@@ -252,7 +253,7 @@ class RolloutWriter:
                 self._file.truncate(end)
                 if end == 0:
                     self._append(_json_line(_header_line(header)))
-                    _sync_directory(self.path.parent)
+                    sync_path(self.path.parent)
         except BaseException:
             self._file.close()
             raise
@@ -274,7 +275,7 @@ class RolloutWriter:
         self._file.close()
         if kind is None and not self.finished:
             os.replace(self._partial, self.path)
-            _sync_directory(self.path.parent)
+            sync_path(self.path.parent)
 
     def _append(self, data: bytes) -> None:
         self._file.write(gzip.compress(data, 6, mtime=0) if self._compress else data)
@@ -369,15 +370,6 @@ def _check_continues(path: str, line: dict[str, Any], header: FileHeader) -> Non
             f"--resume: {path} was begun with {'; '.join(differing)}; continue with the same "
             "settings, or write elsewhere"
         )
-
-
-def _sync_directory(directory: Path) -> None:
-    """A new name is lost in a power failure unless its directory is on the disk, too."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json_line(value: dict[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ Where it fits: asked by the engine for its slots, and before a run starts by who
 from __future__ import annotations
 
 from megatron_drpo.checkpoint.families import Architecture
+from megatron_drpo.config import Config
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.vocab_parallel.gemm import KEY_BLOCK, MIN_ROWS, round_up
 
@@ -65,3 +66,21 @@ def slots_within(
             "--rollout-max-response-length"
         )
     return slots
+
+
+def planned_slots(config: Config, architecture: Architecture, prompt_length: int) -> int | None:
+    """`slots_within` as the flags have it; None where they set no limit.
+
+    Args:
+        prompt_length: tokens of the longest prompt.
+    """
+    if config.rollout.kv_cache_bytes is None:
+        return None
+    return slots_within(
+        config.rollout.kv_cache_bytes,
+        architecture,
+        tp_size=config.parallel.tensor_model_parallel_size,
+        pp_size=config.parallel.pipeline_model_parallel_size,
+        element_bytes=2 if config.model.bf16 else 4,
+        length=prompt_length + config.rollout.rollout_max_response_length,
+    )

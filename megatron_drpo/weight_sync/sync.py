@@ -25,14 +25,15 @@ from torch import Tensor, nn
 
 from megatron_drpo.checkpoint.families import Architecture
 from megatron_drpo.checkpoint.manifest import dtype_name
-from megatron_drpo.checkpoint.model_weights import FullTensors, export_hf
+from megatron_drpo.checkpoint.model_weights import FullTensors
 from megatron_drpo.config import WeightSyncConfig
-from megatron_drpo.errors import CheckpointError, DrpoError, RolloutError
+from megatron_drpo.errors import CheckpointError, RolloutError
 from megatron_drpo.rollout.servers import Client, DiskUpdate, GroupClose, GroupOpen, GroupUpdate
 from megatron_drpo.weight_sync.group import Meeting, TransferGroup, listen
 
 if TYPE_CHECKING:
     from megatron_drpo.mcore.parallel import Layout
+from megatron_drpo.mcore.weights import export
 
 BUCKET_BYTES = 256 << 20
 """Of tensors under way at a time."""
@@ -109,22 +110,19 @@ class DiskSync:
     def sync(self, version: int) -> Synced:
         """As `WeightSync`."""
         model, layout = self._model, self._model.layout
-        path, problem = self._directory / f"version-{version}", None
+        path, problems = self._directory / f"version-{version}", list[str]()
         try:
-            export_hf(
+            export(
                 path,
                 self._settings,
                 model.architecture,
                 model.chunks,
-                tp_group=layout.tp_group,
-                pp_group=layout.pp_group,
-                ep_group=layout.ep_group,
-                dp_rank=layout.dp_rank,
+                layout,
                 run=f"weight sync, version {version}",
             )
         except CheckpointError as error:  # on the replicas that write; the others must know
-            problem = f"--weight-sync disk: {error}"
-        _raise_any(layout, problem, CheckpointError)
+            problems.append(f"--weight-sync disk: {error}")
+        layout.raise_together(problems, CheckpointError)
         failures = None
         if self._fleet:
             update = DiskUpdate(str(path), version)
@@ -177,15 +175,15 @@ class CollectiveSync:
         """
         self._model, self._bucket_bytes = model, bucket_bytes
         self._fleet = self._sender = None
-        problem = None
+        problems: list[str] = []
         if model.layout.rank == 0:
             backend = "nccl" if model.device.type == "cuda" else "gloo"
             try:
                 self._sender = _Sender(address, port, backend, timeout_seconds)
                 self._fleet = _Fleet(servers, timeout_seconds)
             except RolloutError as error:
-                problem = str(error)
-        _raise_any(model.layout, problem)
+                problems.append(str(error))
+        model.layout.raise_together(problems, RolloutError)
         layout = model.layout
         self._tensors = FullTensors(
             model.architecture,
@@ -531,13 +529,6 @@ def _in_thread(function: Callable[[], Any]) -> Future[Any]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _raise_any(layout: Layout, problem: str | None, kind: type[DrpoError] = RolloutError) -> None:
-    """Raise on every rank what any of them has found; collective."""
-    found = layout.gather_objects(problem)
-    if found:
-        raise kind("\n".join(dict.fromkeys(found)))
 
 
 def _agree(
