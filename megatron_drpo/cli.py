@@ -7,6 +7,7 @@ where something is to be mended, messages on one rank.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -94,11 +95,7 @@ def _rank() -> int:
 def _world_size(config: Config, options: Options) -> int:
     """The ranks that torchrun started; a dry run without torchrun supposes the fewest that fit."""
     parallel = config.parallel
-    fewest = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.expert_model_parallel_size
-    )
+    fewest = math.lcm(parallel.model_parallel_size, parallel.expert_parallel_ranks)
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     if options.dry_run:

@@ -221,7 +221,7 @@ class Collector:
         """
         engine, layout = self._engine, self.layout
         assert engine is not None
-        mine = range(layout.dp_rank, len(job.prompts), layout.dp_size)
+        mine = range(layout.replica_rank, len(job.prompts), layout.num_replicas)
         places = [(i, sample) for i in mine for sample in range(job.samples)]
         streams = [job.first_stream + i * job.samples + sample for i, sample in places]
         wanted = [(job.prompts[i], sample) for i, sample in places]
@@ -267,8 +267,8 @@ class Collector:
         if len(values) == len(rollouts):
             return Batch(rollouts, values)
         with self._timer.phase("reward"):
-            share = len(rollouts) // self.layout.dp_size
-            start = self.layout.dp_rank * share
+            share = len(rollouts) // self.layout.num_replicas
+            start = self.layout.replica_rank * share
             mine = rollouts[start : start + share]
             return self._exchange(_Produced(mine, [None] * share, []), len(rollouts))
 

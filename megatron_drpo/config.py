@@ -85,14 +85,37 @@ class ParallelConfig:
     num_virtual_stages_per_pipeline_rank: int = 1
     """Model chunks per pipeline rank: above 1, the interleaved schedule."""
     expert_model_parallel_size: int = 1
-    """Data-parallel ranks that share out the experts of a mixture of experts among themselves."""
+    """Ranks that share out the experts of a mixture of experts among themselves."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda (NCCL) where torch sees a GPU, else cpu (gloo)."""
     distributed_timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the run with an error."""
+    sequence_parallel: bool = False
+    """Split activations between the tensor-parallel parts of a layer over the tensor-parallel ranks
+    as well; a mixture of experts needs it there."""
+    context_parallel_size: int = 1
+    """Ranks that split each sequence, two pieces each so that attention costs all of them the
+    same."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that split each expert; by default --tensor-model-parallel-size."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage, where it is to have another number than the rest."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage, likewise."""
 
     def __post_init__(self) -> None:
-        virtual = self.num_virtual_stages_per_pipeline_rank
+        virtual, etp = (
+            self.num_virtual_stages_per_pipeline_rank,
+            self.expert_tensor_parallel_size,
+        )
+        uneven = {
+            name: (
+                getattr(self, name) is None
+                or (getattr(self, name) >= 1 and self.pipeline_model_parallel_size > 1),
+                "at least 1, and needs --pipeline-model-parallel-size of at least 2",
+            )
+            for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
+        }
         _check(
             self,
             tensor_model_parallel_size=(self.tensor_model_parallel_size >= 1, "at least 1"),
@@ -103,7 +126,110 @@ class ParallelConfig:
             ),
             expert_model_parallel_size=(self.expert_model_parallel_size >= 1, "at least 1"),
             distributed_timeout_minutes=(self.distributed_timeout_minutes > 0, "above 0"),
+            sequence_parallel=(
+                not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+                "off, or used with --tensor-model-parallel-size of at least 2",
+            ),
+            context_parallel_size=(self.context_parallel_size >= 1, "at least 1"),
+            expert_tensor_parallel_size=(etp is None or etp >= 1, "at least 1"),
+            **uneven,
         )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks of one replica of the dense layers: what the number of ranks is a multiple of."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """`--expert-tensor-parallel-size` with its default resolved."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_parallel_ranks(self) -> int:
+        """Ranks of one replica of the experts, over all pipeline stages."""
+        return (
+            self.expert_tensor_size
+            * self.expert_model_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+
+
+RecomputeModule = Literal["core_attn", "moe_act", "layernorm", "mlp", "moe"]
+OffloadModule = Literal[
+    "attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"
+]
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Numbers of less than 16 bits in the layers' products, and of 32 in the output layer."""
+
+    fp32_output_layer: bool = False
+    """With --bf16: keep the output layer's weight in fp32 and multiply it in fp32."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Compute the products of the linear layers in FP8 (Transformer Engine): e4m3 throughout, or
+    hybrid, with e5m2 for gradients."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
+    """How FP8 numbers are scaled: per tensor by the largest value of the past (delayed) or of the
+    present (tensorwise), per block of 128 (blockwise, Hopper and later), or per 32 values (mxfp8,
+    Blackwell and later)."""
+    fp8_margin: int = 0
+    """Powers of two that delayed scaling stays below the largest FP8 number."""
+    fp8_amax_history_len: int = 1
+    """Steps that delayed scaling looks back."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """What delayed scaling takes of them."""
+    fp8_param_gather: bool = False
+    """Keep the weights of the linear layers in FP8, and gather them so."""
+    first_last_layers_bf16: bool = False
+    """Leave the first and the last layers in bf16."""
+    num_layers_at_start_in_bf16: int = 1
+    """How many first layers --first-last-layers-bf16 leaves in bf16."""
+    num_layers_at_end_in_bf16: int = 1
+    """How many last layers --first-last-layers-bf16 leaves in bf16."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            fp8_amax_history_len=(self.fp8_amax_history_len >= 1, "at least 1"),
+            num_layers_at_start_in_bf16=(self.num_layers_at_start_in_bf16 >= 0, "0 or more"),
+            num_layers_at_end_in_bf16=(self.num_layers_at_end_in_bf16 >= 0, "0 or more"),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Activations that are computed again, or moved to the host, rather than kept on the device."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Compute whole layers again in the backward pass (full), or chosen parts of each
+    (selective)."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full: keep the input of every --recompute-num-layers layers (uniform), or recompute the
+    first --recompute-num-layers layers of each stage only (block)."""
+    recompute_num_layers: int | None = None
+    """See --recompute-method."""
+    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)
+    """With selective: what is computed again."""
+    fine_grained_activation_offloading: bool = False
+    """Move the inputs of --offload-modules to the host between forward and backward pass."""
+    offload_modules: tuple[OffloadModule, ...] = ()
+    """See --fine-grained-activation-offloading."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Training a mixture of experts."""
+
+    moe_routing_replay: Literal["off", "rollout", "score"] = "off"
+    """Train with the experts that each token was routed to while it was generated (rollout), or
+    when the batch was scored before its first update (score), so that a step's updates see one
+    routing."""
 
 
 @dataclass(frozen=True)
@@ -557,7 +683,11 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Limit of the global gradient norm; 0 is off."""
     use_distributed_optimizer: bool = True
-    """Split the optimizer's state over data-parallel ranks."""
+    """Split the optimizer's state over data-parallel ranks (and context-parallel ones)."""
+    optimizer_cpu_offload: bool = False
+    """Keep the optimizer's state on the host, and update there."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of the state that --optimizer-cpu-offload moves."""
 
     def __post_init__(self) -> None:
         decay = self.lr_decay_iters
@@ -580,6 +710,10 @@ class OptimizerConfig:
             adam_beta2=(0 <= self.adam_beta2 < 1, "at least 0 and below 1"),
             adam_eps=(self.adam_eps > 0, "above 0"),
             clip_grad=(self.clip_grad >= 0, "0 (off) or more"),
+            optimizer_offload_fraction=(
+                0 < self.optimizer_offload_fraction <= 1,
+                "above 0 and at most 1",
+            ),
         )
 
 
@@ -602,6 +736,9 @@ class TrainConfig:
     tokens and at most 512 MiB with bf16 on GPUs, else at least 32 tokens and at most 24 MiB."""
     seed: int = 1234
     """Seed of sampling and of the order of the prompts."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one device in the precision of the run: then the share of it that training
+    uses is logged (`throughput/mfu`), and --dry-run estimates tokens per second."""
 
     def __post_init__(self) -> None:
         _check(
@@ -614,6 +751,7 @@ class TrainConfig:
                 "at least 1",
             ),
             seed=(0 <= self.seed < 1 << 31, "at least 0 and below 2^31"),
+            peak_tflops=(_positive(self.peak_tflops), "above 0 and finite"),
         )
 
 
@@ -680,6 +818,9 @@ class Config:
 
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)

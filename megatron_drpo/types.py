@@ -119,6 +119,23 @@ class Trajectory:
 
 
 @dataclass(frozen=True, eq=False)
+class RowShare:
+    """Which part of a row a context-parallel rank holds (`context_parallel.share_row`).
+
+    Each sequence, padded to a multiple of 2 * cp_size, is cut into as many equal pieces, of which
+    rank r has number r and number 2 * cp_size - 1 - r: attention then costs every rank the same.
+    """
+
+    index: Tensor
+    """int64 [S / cp], ascending within each sequence: where the row's tokens of this rank are in
+    the whole row."""
+    loss_places: Tensor
+    """int64 [T]: number of each of this rank's loss tokens among those of the whole row."""
+    whole_sequence: Tensor
+    """int64 [all loss tokens of the row]: `Row.sequence` of the whole row."""
+
+
+@dataclass(frozen=True, eq=False)
 class Row:
     """Several sequences laid end to end: what one micro-batch's forward pass sees.
 
@@ -168,6 +185,9 @@ class Row:
     """fp32 [T, K]."""
     kept_ids: KeptIds | None = None
     """Of T tokens, if the rollouts carry them: the policy's law is renormalised over these."""
+    share: RowShare | None = None
+    """Set where this is one context-parallel rank's part of a row: all fields are then of that part
+    alone, but `cu_seqlens` and `names`, and `num_items` counts on the first of these ranks."""
 
     # What scoring adds on the last stage, before the first update of the batch.
     old_logprobs: Tensor | None = None

@@ -57,12 +57,12 @@ class Engine:
 
 
 class OneReplica:
-    """The layout of one of `dp_size` replicas that are asked one after the other."""
+    """The layout of one of `num_replicas` replicas that are asked one after the other."""
 
-    is_replica_source, ep_size = True, 1
+    is_replica_source = True
 
-    def __init__(self, dp_rank: int = 0, dp_size: int = 1) -> None:
-        self.dp_rank, self.dp_size = dp_rank, dp_size
+    def __init__(self, replica_rank: int = 0, num_replicas: int = 1) -> None:
+        self.replica_rank, self.num_replicas = replica_rank, num_replicas
 
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]

@@ -257,8 +257,8 @@ class _Generation:
 
         generate, layout = self.arguments.generate, self.layout
         names = [
-            shard_name(number, layout.dp_size, compress=generate.compress)
-            for number in range(layout.dp_size)
+            shard_name(number, layout.num_replicas, compress=generate.compress)
+            for number in range(layout.num_replicas)
         ]
         out = Path(generate.out)
         expected = {name + end for name in names for end in ("", ".partial")}
@@ -269,7 +269,7 @@ class _Generation:
                 "continue it with as many replicas and the same --compress, or write elsewhere"
             )
         writer = RolloutWriter(
-            out / names[layout.dp_rank],
+            out / names[layout.replica_rank],
             header,
             samples_per_prompt=self.samples,
             resume=generate.resume,
@@ -288,7 +288,7 @@ class _Generation:
     def _mine(self) -> dict[int, Prompt]:
         """This replica's prompts, by their place in the file."""
         layout = self.layout
-        places = range(layout.dp_rank, len(self.inputs.prompts), layout.dp_size)
+        places = range(layout.replica_rank, len(self.inputs.prompts), layout.num_replicas)
         return {place: self.inputs.prompts[place] for place in places}
 
     def _shard(
@@ -300,14 +300,14 @@ class _Generation:
         layout = self.layout
         done = layout.share(None if writer is None else set(writer.done))
         left = [place for place, prompt in self._mine.items() if prompt.id not in done]
-        size = max(self.arguments.rollout.rollout_prompts_per_step // layout.dp_size, 1)
+        size = max(self.arguments.rollout.rollout_prompts_per_step // layout.num_replicas, 1)
         batches = [left[i : i + size] for i in range(0, len(left), size)]
         rewards: list[float] = []
         num_tokens = 0
         bar = tqdm(
             total=len(self._mine) * self.samples,
             initial=(len(self._mine) - len(left)) * self.samples,
-            desc="this shard" if layout.dp_size > 1 else "responses",
+            desc="this shard" if layout.num_replicas > 1 else "responses",
             unit="response",
             disable=layout.rank != 0,
         )

@@ -25,10 +25,12 @@ from torch import Tensor
 
 from megatron_drpo.checkpoint.families import Architecture, padded_vocab_size
 from megatron_drpo.checkpoint.families.rope import rotary_frequencies
-from megatron_drpo.config import ModelConfig
+from megatron_drpo.config import MemoryConfig, ModelConfig, PrecisionConfig
 from megatron_drpo.device import Device
-from megatron_drpo.mcore import attention
+from megatron_drpo.mcore import attention, precision
 from megatron_drpo.mcore.parallel import Layout
+
+_AS_IS, _ALL_KEPT = PrecisionConfig(), MemoryConfig()
 
 
 class PolicyModel(GPTModel):
@@ -70,7 +72,12 @@ class PolicyModel(GPTModel):
 
 
 def transformer_config(
-    architecture: Architecture, config: ModelConfig, layout: Layout, device: Device
+    architecture: Architecture,
+    config: ModelConfig,
+    layout: Layout,
+    device: Device,
+    numbers: PrecisionConfig,
+    memory: MemoryConfig,
 ) -> TransformerConfig:
     """Megatron's configuration of the model on this layout."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
@@ -94,6 +101,10 @@ def transformer_config(
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
         virtual_pipeline_model_parallel_size=layout.vp_size if interleaved else None,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=layout.cp_size,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.bf16,
@@ -107,6 +118,8 @@ def transformer_config(
         gradient_accumulation_fusion=gpu
         and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         **_experts(architecture, layout, grouped=use_transformer_engine(config)),
+        **precision.of_products(numbers),
+        **precision.of_activations(memory),
     )
 
 
@@ -132,6 +145,7 @@ def _experts(architecture: Architecture, layout: Layout, *, grouped: bool) -> di
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=grouped,
         expert_model_parallel_size=layout.ep_size,
+        expert_tensor_parallel_size=layout.etp_size,
     )
 
 
@@ -178,10 +192,16 @@ def use_batch_invariant_kernels() -> None:
 
 
 def build_model(
-    architecture: Architecture, config: ModelConfig, layout: Layout, device: Device
+    architecture: Architecture,
+    config: ModelConfig,
+    layout: Layout,
+    device: Device,
+    *,
+    numbers: PrecisionConfig = _AS_IS,
+    memory: MemoryConfig = _ALL_KEPT,
 ) -> list[PolicyModel]:
     """This rank's chunks (one, or `vp_size` under the interleaved schedule), weights unset."""
-    megatron_config = transformer_config(architecture, config, layout, device)
+    megatron_config = transformer_config(architecture, config, layout, device, numbers, memory)
     make = partial(
         PolicyModel,
         config=megatron_config,

@@ -23,10 +23,16 @@ from megatron_drpo.errors import DrpoError, ServersError
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands. tp: tensor, pp: pipeline, vp: chunks per stage, dp: data parallel.
+    """Where this rank stands. tp: tensor, pp: pipeline, vp: chunks per stage, cp: context, dp: data
+    parallel; ep, etp: expert and expert tensor parallel.
 
-    Expert parallelism (ep) divides data parallelism: `ep_rank` is `dp_rank % ep_size`, and ranks of
-    equal `ep_rank` hold the same experts, so that those with `dp_rank < ep_size` have all of them.
+    Number the ranks of a pipeline stage by g = tp_rank + tp_size * (cp_rank + cp_size * dp_rank).
+    The experts' own layout covers the same ranks: etp_rank = g % etp_size, ep_rank = g // etp_size
+    % ep_size, edp_rank = g // (etp_size * ep_size), so that those with edp_rank 0 have every expert
+    once.
+
+    Generation has no use for context parallelism: there the ranks of a context-parallel group are
+    replicas of the model like those of data parallelism.
     """
 
     rank: int
@@ -36,17 +42,33 @@ class Layout:
     pp_rank: int
     pp_size: int
     vp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
+    replica_rank: int
+    """cp_rank + cp_size * dp_rank, of `num_replicas`: whose prompts this rank generates for."""
     ep_rank: int
     ep_size: int
+    etp_rank: int
+    etp_size: int
+    edp_rank: int
+    sequence_parallel: bool
+    first_stage_layers: int | None
+    """Layers of the first pipeline stage, if its number is given."""
+    last_stage_layers: int | None
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     draw_group: dist.ProcessGroup
     """The ranks of `pp_group`, for what the last stage tells the others while hidden states travel
     in that one."""
+    cp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
-    """The data-parallel ranks that hold all experts of a layer together."""
+    """Ranks that hold all experts of a layer together, if each holds whole ones."""
+    etp_group: dist.ProcessGroup
+    """Ranks that hold the parts of the same experts."""
+    expert_peers: dist.ProcessGroup
+    """All ranks that compute a layer's experts together: their passes go in step."""
     replica_group: dist.ProcessGroup
     """The tensor- and pipeline-parallel ranks of this replica, gloo whatever the device."""
     control_group: dist.ProcessGroup
@@ -55,8 +77,18 @@ class Layout:
     """True if `initialize` started torch.distributed, so that `destroy` ends it."""
 
     @property
+    def num_replicas(self) -> int:
+        """Copies of the dense layers, which generate for themselves."""
+        return self.cp_size * self.dp_size
+
+    @property
+    def shares_experts(self) -> bool:
+        """True if several replicas hold the experts together, so that their passes go in step."""
+        return self.ep_size * self.etp_size > self.tp_size
+
+    @property
     def is_replica_source(self) -> bool:
-        """True on the one rank that speaks for its data-parallel replica."""
+        """True on the one rank that speaks for its replica."""
         return self.tp_rank == 0 and self.pp_rank == 0
 
     @property
@@ -84,10 +116,10 @@ class Layout:
 
     def any_expert_peer(self, holds: bool, device: torch.device) -> bool:
         """True if `holds` on this rank, or on one that it shares the experts of a layer with."""
-        if self.ep_size == 1:
+        if not self.shares_experts:
             return holds
         flag = torch.tensor(int(holds), device=device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.ep_group)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.expert_peers)
         return bool(flag)
 
     def share(self, value: Any) -> Any:
@@ -139,10 +171,14 @@ class Layout:
 
     def __str__(self) -> str:
         chunks = f" x {self.vp_size} chunks" if self.vp_size > 1 else ""
+        sequence = " with SP" if self.sequence_parallel else ""
+        context = f"CP {self.cp_size}, " if self.cp_size > 1 else ""
         experts = f", EP {self.ep_size}" if self.ep_size > 1 else ""
+        if self.etp_size != self.tp_size:
+            experts += f", expert TP {self.etp_size}"
         return (
-            f"{self.world_size} rank(s): TP {self.tp_size}, PP {self.pp_size}{chunks}, "
-            f"DP {self.dp_size}{experts}"
+            f"{self.world_size} rank(s): TP {self.tp_size}{sequence}, PP {self.pp_size}{chunks}, "
+            f"{context}DP {self.dp_size}{experts}"
         )
 
 
@@ -158,7 +194,9 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vp_size if vp_size > 1 else None,
+        context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_size,
         distributed_timeout_minutes=minutes,  # type: ignore[arg-type]  # a timedelta's minutes
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -174,14 +212,26 @@ def initialize(config: ParallelConfig, device: Device, seed: int) -> Layout:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         vp_size=vp_size,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        replica_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        etp_rank=groups.get_expert_tensor_parallel_rank(),
+        etp_size=groups.get_expert_tensor_parallel_world_size(),
+        edp_rank=parallel_state.get_expert_data_parallel_rank(),
+        sequence_parallel=config.sequence_parallel,
+        first_stage_layers=config.decoder_first_pipeline_num_layers,
+        last_stage_layers=config.decoder_last_pipeline_num_layers,
         tp_group=groups.get_tensor_model_parallel_group(),
         pp_group=groups.get_pipeline_model_parallel_group(),
         draw_group=_twin(groups.get_pipeline_model_parallel_group(), control, timeout),
+        cp_group=groups.get_context_parallel_group(),
         ep_group=groups.get_expert_model_parallel_group(),
+        etp_group=groups.get_expert_tensor_parallel_group(),
+        expert_peers=groups.get_expert_tensor_and_model_parallel_group(),
         replica_group=replica,
         control_group=control,
         owns_world=owns_world,

@@ -75,7 +75,7 @@ class Policy:
         self.layout, self.device = layout, device
         if device.kind == "cuda" and config.rollout.rollout_exact == "on":
             use_batch_invariant_kernels()
-        self.models: list[PolicyModel] = build_model(architecture, config.model, layout, device)
+        self.models = self._build(architecture)
         self.reference: list[PolicyModel] = []
         """The frozen reference model's chunks; empty where the objective needs none."""
         self.num_updates = 0
@@ -128,12 +128,23 @@ class Policy:
         if needs.reference_logprobs or needs.reference_kl:
             assert reference is not None, "preflight finds it where it is needed"
             other, source = reference
-            policy.reference = build_model(other, config.model, layout, device)
+            policy.reference = policy._build(other)
             load(source, other, policy.reference, layout, verify=verify)
             for model in policy.reference:
                 model.eval().requires_grad_(False)
         policy._prepare_training()
         return policy
+
+    def _build(self, architecture: Architecture) -> list[PolicyModel]:
+        config = self.config
+        return build_model(
+            architecture,
+            config.model,
+            self.layout,
+            self.device,
+            numbers=config.precision,
+            memory=config.memory,
+        )
 
     def _prepare_training(self) -> None:
         """Gradient buffers and optimizer; master weights are copied from the loaded weights."""

@@ -253,7 +253,7 @@ class Session:
     def _plan(self, group: SlotGroup) -> Pass | None:
         missing = len(self._pending) + sum(len(other.jobs) for other in self._groups)
         planned = group.plan(self._pending, -(-missing // len(self._groups)))
-        return group.idle() if planned is None and self._layout.ep_size > 1 else planned
+        return group.idle() if planned is None and self._layout.shares_experts else planned
 
     def _run(self, work: Pass, chunk: int) -> Tensor:
         """Hidden states [S, 1, H] after one chunk of the model."""
