@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import conversion, generation, training_memory, vocab_parallel
+from benchmarks import conversion, generation, objective_cost, training_memory, vocab_parallel
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"
@@ -23,7 +23,7 @@ _BLOCK = re.compile(r"<!-- (results/[\w.-]+\.json) -->\n.*?<!-- end -->", re.DOT
 
 def render(record: dict[str, Any]) -> str:
     """The tables of a record, whichever benchmark made it."""
-    modules = (vocab_parallel, training_memory, conversion, generation)
+    modules = (vocab_parallel, training_memory, objective_cost, conversion, generation)
     named = {module.__name__.rpartition(".")[2]: module for module in modules}
     return named[record["benchmark"]].render(record)
 
@@ -52,6 +52,7 @@ def benchmarks() -> dict[str, Callable[[Path], None]]:
             add(f"cpu-{dtype}-tp{tp}", vocab_parallel.main, *cpu, "--dtype", dtype, "--tp", tp)
     add("cpu-growth", vocab_parallel.main, *cpu, "--sweep", "--rounds", "3")
     add("cpu-training", training_memory.main, *cpu)
+    add("cpu-objective-cost", objective_cost.main, *cpu)
     add("cpu-conversion", conversion.main)
     add("cpu-generation", generation.main)
     return named

@@ -62,7 +62,8 @@ def exit_status(call: Callable[[], None]) -> int:
 
 
 def start(argv: Sequence[str]) -> None:
-    """Parse, check and run (or, with `--dry-run`, describe the run on rank 0).
+    """Parse, check and run (or, with `--dry-run`, describe the run on rank 0, and with
+    `--verify-layout` compute one batch of it in two layouts).
 
     Raises:
         DrpoError: whatever the user has to mend, before any process group or during the run.
@@ -78,6 +79,10 @@ def start(argv: Sequence[str]) -> None:
 
         if rank == 0:
             print(describe(config, inputs, world_size))
+    elif options.verify_layout:
+        from megatron_drpo import verify_layout
+
+        verify_layout.run(config, inputs, options)
     else:
         from megatron_drpo import train
 

@@ -153,6 +153,7 @@ class Collector:
             top_p=config.eval_top_p,
             top_k=config.eval_top_k,
             record_topk=0,
+            record_experts=False,
         )
         job = _Job(
             self.inputs.eval_prompts,
@@ -170,7 +171,12 @@ class Collector:
         return self._sampling(self.config.train.seed + (step << 32))
 
     def _sampling(self, seed: int) -> Sampling:
-        return sampling_of(self.config.rollout, self.inputs.stop_ids, seed)
+        return sampling_of(
+            self.config.rollout,
+            self.inputs.stop_ids,
+            seed,
+            record_experts=self.config.moe.moe_routing_replay == "rollout",
+        )
 
     def _job(self, step: int) -> _Job:
         """What a step draws at first."""
@@ -387,6 +393,7 @@ def _rollout(
         topk_ids=done.topk_ids,
         topk_logprobs=done.topk_logprobs,
         kept_ids=done.kept_ids,
+        experts=done.experts,
         version_spans=spans if len(spans) > 1 else (),
     )
 

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_drpo.errors import ConfigError
 
@@ -177,15 +177,17 @@ class PrecisionConfig:
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
     """How FP8 numbers are scaled: per tensor by the largest value of the past (delayed) or of the
     present (tensorwise), per block of 128 (blockwise, Hopper and later), or per 32 values (mxfp8,
-    Blackwell and later)."""
+    Blackwell). Delayed is Megatron's default; docs/precision.md says why blockwise and mxfp8 suit
+    generation better."""
     fp8_margin: int = 0
     """Powers of two that delayed scaling stays below the largest FP8 number."""
     fp8_amax_history_len: int = 1
-    """Steps that delayed scaling looks back."""
+    """Micro-batches that delayed scaling looks back."""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """What delayed scaling takes of them."""
     fp8_param_gather: bool = False
-    """Keep the weights of the linear layers in FP8, and gather them so."""
+    """Keep the weights of the linear layers in FP8, and gather them so from the distributed
+    optimizer."""
     first_last_layers_bf16: bool = False
     """Leave the first and the last layers in bf16."""
     num_layers_at_start_in_bf16: int = 1
@@ -200,6 +202,13 @@ class PrecisionConfig:
             num_layers_at_start_in_bf16=(self.num_layers_at_start_in_bf16 >= 0, "0 or more"),
             num_layers_at_end_in_bf16=(self.num_layers_at_end_in_bf16 >= 0, "0 or more"),
         )
+
+    @property
+    def row_multiple(self) -> int:
+        """What the number of tokens in a product of matrices must be a multiple of."""
+        if self.fp8_format is None:
+            return 1
+        return 32 if self.fp8_recipe == "mxfp8" else 16
 
 
 @dataclass(frozen=True)
@@ -217,9 +226,54 @@ class MemoryConfig:
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)
     """With selective: what is computed again."""
     fine_grained_activation_offloading: bool = False
-    """Move the inputs of --offload-modules to the host between forward and backward pass."""
+    """Move the inputs of --offload-modules to the host between forward and backward pass; needs
+    Transformer Engine."""
     offload_modules: tuple[OffloadModule, ...] = ()
     """See --fine-grained-activation-offloading."""
+
+    def __post_init__(self) -> None:
+        granularity, count = self.recompute_granularity, self.recompute_num_layers
+        again, moved = self.recompute_modules, self.offload_modules
+        problems = _broken(self, recompute_num_layers=(count is None or count >= 1, "at least 1"))
+        if granularity == "full" and (self.recompute_method is None or count is None):
+            problems.append(
+                f"--recompute-granularity full: needs --recompute-method (is "
+                f"{self.recompute_method}) and --recompute-num-layers (is {count}), such as "
+                "uniform and 1"
+            )
+        if granularity == "selective" and not again:
+            problems.append(
+                "--recompute-modules: --recompute-granularity selective needs at least one of "
+                + ", ".join(get_args(RecomputeModule))
+            )
+        if not self.fine_grained_activation_offloading:
+            _raise_if_any(problems)
+            return
+        if not moved:
+            problems.append(
+                "--fine-grained-activation-offloading: needs --offload-modules, of "
+                + ", ".join(get_args(OffloadModule))
+            )
+        if "attn_proj" in moved and "core_attn" not in moved:
+            problems.append(
+                f"--offload-modules {' '.join(moved)}: attn_proj's input is core_attn's result, "
+                "which that keeps on the device; add core_attn"
+            )
+        if granularity == "full":
+            problems.append(
+                "--recompute-granularity full --fine-grained-activation-offloading: whole layers "
+                "that are computed again keep nothing inside that could be moved; use selective, "
+                "or drop one of both"
+            )
+        both = {"core_attn": {"core_attn"}, "moe": {"expert_fc1", "moe_act"}}
+        for name in again if granularity == "selective" else ():
+            twice = [module for module in moved if module in both.get(name, ())]
+            if twice:
+                problems.append(
+                    f"--recompute-modules {name} --offload-modules {' '.join(twice)}: what is "
+                    "computed again keeps nothing that could be moved; drop one of both"
+                )
+        _raise_if_any(problems)
 
 
 @dataclass(frozen=True)
@@ -313,8 +367,8 @@ class RolloutConfig:
     max_engine_gap: float | None = None
     """Stop if behaviour log-probs of the current weights differ from the trainer's by more than
     this on average (nats per token): then the two do not describe the same policy. By default 0
-    where --rollout-exact is proven; else 0.001 in fp32 and 0.1 in bf16 in process, and 0.2 for
-    servers."""
+    where --rollout-exact is proven; else 0.001 in fp32, 0.1 in bf16 and 0.2 in FP8 in process, and
+    0.2 for servers."""
 
     def __post_init__(self) -> None:
         _check(
@@ -685,7 +739,7 @@ class OptimizerConfig:
     use_distributed_optimizer: bool = True
     """Split the optimizer's state over data-parallel ranks (and context-parallel ones)."""
     optimizer_cpu_offload: bool = False
-    """Keep the optimizer's state on the host, and update there."""
+    """On GPUs: keep the optimizer's state and master weights on the host, and update there."""
     optimizer_offload_fraction: float = 1.0
     """Share of the state that --optimizer-cpu-offload moves."""
 
@@ -738,7 +792,7 @@ class TrainConfig:
     """Seed of sampling and of the order of the prompts."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device in the precision of the run: then the share of it that training
-    uses is logged (`throughput/mfu`), and --dry-run estimates tokens per second."""
+    uses is logged (`mfu`), and --dry-run estimates tokens per second."""
 
     def __post_init__(self) -> None:
         _check(
@@ -854,6 +908,16 @@ class Config:
                 "and 0, or drop it"
             )
         problems += self._engine_problems()
+        if self.moe.moe_routing_replay == "rollout" and not rollout.rollouts_file:
+            reason = None
+            if rollout.uses_servers:
+                reason = f"--rollout-engine {rollout.rollout_engine} does not return the experts"
+            elif rollout.environment:
+                reason = "conversations of an --environment do not record the experts"
+            if reason:
+                problems.append(
+                    f"--moe-routing-replay rollout: {reason} that tokens were routed to; use score"
+                )
         if rollout.rollout_samples_per_prompt == 1:
             problems.append(
                 "--rollout-samples-per-prompt 1: the advantage within a group of one is always 0; "

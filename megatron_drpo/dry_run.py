@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
 
-from megatron_drpo import __version__
-from megatron_drpo.checkpoint.families import Entry, family_of
+from megatron_drpo import __version__, hardware
 from megatron_drpo.config import Config, ObjectiveConfig, flag
-from megatron_drpo.objectives import build_objective
+from megatron_drpo.plan import text
+from megatron_drpo.plan.advice import Texts, warnings
+from megatron_drpo.plan.job import Job
+from megatron_drpo.plan.speed import Machines, speed
 from megatron_drpo.preflight import Inputs
-from megatron_drpo.rollout.memory import kv_cache_bytes, planned_slots
-from megatron_drpo.vocab_parallel.linear import BUDGET, BUDGET_MIXED
 
 
 def _drpo(config: ObjectiveConfig) -> tuple[str, str]:
@@ -83,21 +82,76 @@ _FORMULAS: dict[str, Callable[[ObjectiveConfig], tuple[str, str]]] = {
 
 
 def describe(config: Config, inputs: Inputs, world_size: int) -> str:
-    """The configuration by groups, the layout, memory per rank, consequences and the objective."""
+    """The configuration by groups, the plan that follows from it, warnings and the objective."""
+    job = job_of(config, inputs, world_size)
+    texts = _texts(inputs)
     sections = {
         group: [_as_flag(name, value) for name, value in values.items()]
         for group, values in dataclasses.asdict(config).items()
     }
+    device, machines = inputs.device, machines_of(config)
     sections |= {
-        "the layout": _layout(config, inputs, world_size),
-        "the memory of the fullest rank, without activations": _memory(config, inputs, world_size),
+        "the model": text.model_lines(job),
+        "the layout": [
+            *text.layout_lines(job),
+            f"device {device.kind} ({device.backend}): {device.reason}",
+        ],
+        "the memory of a rank, by pipeline stage": text.memory_lines(job),
+        "what ranks send each other": text.traffic_lines(job),
         "the run": _consequences(config, inputs),
         "the objective, maximised": _objective(config),
     }
+    if machines is not None:
+        sections["the speed of training"] = text.speed_lines(job, machines, speed(job, machines))
+    found = warnings(job, texts)
+    if found:
+        sections["worth a look"] = found
     blocks = [f"Megatron-DRPO {__version__}, dry run: all checks passed, nothing was started"]
     for title, lines in sections.items():
         blocks.append("\n".join([title, *(f"  {line}" for line in lines)]))
     return "\n\n".join(blocks)
+
+
+def job_of(config: Config, inputs: Inputs, world_size: int) -> Job:
+    """What a plan of this run is about."""
+    gpu, chosen = inputs.device.kind == "cuda", config.model.transformer_impl
+    engine = chosen == "transformer_engine" or (
+        chosen == "auto" and hardware.look(inputs.device).transformer_engine is not None
+    )
+    known = (*inputs.prompts, *inputs.eval_prompts, *(r.prompt for r, _ in inputs.rollouts or ()))
+    return Job(
+        inputs.architecture,
+        config,
+        world_size,
+        gpu=gpu,
+        transformer_engine=gpu and engine,
+        prompt_length=max((prompt.token_ids.numel() for prompt in known), default=1),
+        reference=inputs.reference and inputs.reference[0],
+        generates=inputs.generates,
+        eval_samples=len(inputs.eval_prompts) * config.eval.eval_samples_per_prompt,
+    )
+
+
+def machines_of(config: Config) -> Machines | None:
+    """What time is estimated for; None without --peak-tflops."""
+    peak = config.train.peak_tflops
+    return None if peak is None else Machines(peak)
+
+
+def _texts(inputs: Inputs) -> Texts:
+    tokenizer = inputs.tokenizer
+    special, end = tokenizer.all_special_tokens, tokenizer.eos_token_id
+    plain = (
+        prompt.text
+        for prompt in (*inputs.prompts, *inputs.eval_prompts)
+        if not any(token in prompt.text for token in special)
+    )
+    return Texts(
+        eos_id=end if isinstance(end, int) else None,
+        stop_ids=inputs.stop_ids,
+        has_chat_template=bool(tokenizer.chat_template),
+        plain_prompt=next(plain, None),
+    )
 
 
 def _as_flag(name: str, value: object) -> str:
@@ -107,136 +161,6 @@ def _as_flag(name: str, value: object) -> str:
     if isinstance(value, tuple):
         return " ".join([flag(name), *map(str, value)]) if value else f"{flag(name)} (none)"
     return f"{flag(name)} {value}"
-
-
-def _sizes(config: Config, world_size: int) -> tuple[int, int, int]:
-    tp = config.parallel.tensor_model_parallel_size
-    pp = config.parallel.pipeline_model_parallel_size
-    return tp, pp, world_size // (tp * pp)
-
-
-def _layout(config: Config, inputs: Inputs, world_size: int) -> list[str]:
-    tp, pp, dp = _sizes(config, world_size)
-    chunks = config.parallel.num_virtual_stages_per_pipeline_rank
-    layers = inputs.architecture.num_layers // (pp * chunks)
-    device, experts = inputs.device, inputs.architecture.num_experts
-    ep = config.parallel.expert_model_parallel_size
-    return [
-        f"{world_size} rank(s) = TP {tp} x PP {pp} x DP {dp}",
-        f"{chunks} chunk(s) of {layers} layer(s) on each rank",
-        *([f"EP {ep}: {experts // ep} of {experts} experts on each rank"] if experts else []),
-        f"device {device.kind} ({device.backend}): {device.reason}",
-    ]
-
-
-def _count(entries: Iterable[Entry], inputs: Inputs, tp: int) -> int:
-    """Parameters of these entries on one tensor-parallel rank, one expert's where they are many."""
-    return sum(
-        math.prod(shape) // (tp if entry.transform.sharded else 1)
-        for entry in entries
-        for shape in entry.transform.hf_shapes(inputs.architecture)
-    )
-
-
-def _num_parameters(inputs: Inputs, config: Config) -> tuple[int, int]:
-    """Parameters of the fullest rank, that of the first or of the last pipeline stage, in experts
-    and in everything else."""
-    architecture, family = inputs.architecture, family_of(inputs.architecture)
-    tp = config.parallel.tensor_model_parallel_size
-    pp = config.parallel.pipeline_model_parallel_size
-    layers = architecture.num_layers // pp
-    one_expert = _count((entry for entry in family.layer if entry.is_expert), inputs, tp)
-    experts = architecture.num_experts // config.parallel.expert_model_parallel_size * one_expert
-    others = _count((entry for entry in family.layer if not entry.is_expert), inputs, tp)
-    first, last = _count(family.first, inputs, tp), _count(family.last, inputs, tp)
-    if pp > 1:  # a tied output layer is then a copy of the embedding
-        ends = max(first, last)
-    else:
-        ends = first + last - (first if architecture.tie_word_embeddings else 0)
-    return layers * experts, layers * others + ends
-
-
-def _memory(config: Config, inputs: Inputs, world_size: int) -> list[str]:
-    tp, pp, dp = _sizes(config, world_size)
-    architecture, rollout = inputs.architecture, config.rollout
-    experts, others = _num_parameters(inputs, config)
-    parameters = experts + others
-    width = 2 if config.model.bf16 else 4
-    if config.optimizer.use_distributed_optimizer:
-        # Over the ranks that hold the same parameters: of an expert's, there are fewer.
-        experts = experts * config.parallel.expert_model_parallel_size // dp
-        others //= dp
-    # Adam's two moments, and fp32 master weights where the weights are bf16.
-    state = (experts + others) * (12 if config.model.bf16 else 8)
-    parts = {
-        f"weights, {parameters:,} parameters": parameters * width,
-        "gradients, fp32": parameters * 4,
-        "optimizer state, fp32": state,
-    }
-    if inputs.generates and not rollout.uses_servers:
-        slots, longest = _slots(config, inputs, world_size), _longest(config, inputs)
-        parts[f"KV cache, {slots} slots of {longest} tokens"] = kv_cache_bytes(
-            architecture, tp_size=tp, pp_size=pp, element_bytes=width, slots=slots, length=longest
-        )
-    parts |= _output_memory(config, inputs, world_size)
-    parts["together"] = sum(parts.values())
-    return [f"{size / 2**20:>12,.1f} MiB  {name}" for name, size in parts.items()]
-
-
-def _output_memory(config: Config, inputs: Inputs, world_size: int) -> dict[str, int]:
-    """What the output layer and the other models that the objective compares with take."""
-    tp, pp, dp = _sizes(config, world_size)
-    architecture, train = inputs.architecture, config.train
-    width = 2 if config.model.bf16 else 4
-    row = train.max_tokens_per_microbatch
-    logits = row * architecture.vocab_size // tp * 4
-    if train.fused_output:
-        mixed = config.model.bf16 and inputs.device.kind == "cuda"
-        most = (BUDGET_MIXED if mixed else BUDGET).most_bytes
-        chunk = most if train.output_chunk_mib is None else train.output_chunk_mib << 20
-        parts = {"logits of a chunk of tokens and their gradient, at most": min(logits, chunk)}
-    else:
-        parts = {f"logits of one row of {row} tokens": logits}
-    if inputs.reference is not None:
-        other, _ = inputs.reference
-        size = sum(_num_parameters(replace(inputs, architecture=other), config))
-        parts[f"weights of the reference model, {size:,} parameters"] = size * width
-    needs = build_objective(config.objective).needs
-    kept = architecture.hidden_size * needs.behaviour_l2
-    if inputs.reference is not None:
-        kept += inputs.reference[0].hidden_size * needs.reference_kl
-    if kept:
-        rollout = config.rollout
-        tokens = rollout.rollout_prompts_per_step * rollout.rollout_samples_per_prompt
-        tokens *= rollout.rollout_max_response_length
-        states = tokens // dp * kept * width
-        parts["hidden states of the batch, kept for whole distributions"] = states
-    if needs.behaviour_l2:
-        output = architecture.vocab_size // tp * architecture.hidden_size * width
-        parts["output layer of the weights that generated"] = output
-    return parts
-
-
-def _slots(config: Config, inputs: Inputs, world_size: int) -> int:
-    """Responses that a rank's KV cache holds at the same time, at most."""
-    rollout, (_, pp, dp) = config.rollout, _sizes(config, world_size)
-    wanted = [(len(inputs.eval_prompts), config.eval.eval_samples_per_prompt)]
-    if inputs.rollouts is None:
-        wanted.append((rollout.num_drawn_prompts, rollout.rollout_samples_per_prompt))
-    most = max(-(-prompts // dp) * samples for prompts, samples in wanted)
-    slots = min(rollout.rollout_max_slots, most)
-    room = planned_slots(config, inputs.architecture, _longest_prompt(inputs))
-    return slots if room is None else min(slots, pp * room)
-
-
-def _longest_prompt(inputs: Inputs) -> int:
-    prompts = (*inputs.prompts, *inputs.eval_prompts)
-    return max((prompt.token_ids.numel() for prompt in prompts), default=0)
-
-
-def _longest(config: Config, inputs: Inputs) -> int:
-    """Tokens that a sequence may come to, prompt and response."""
-    return _longest_prompt(inputs) + config.rollout.rollout_max_response_length
 
 
 def _consequences(config: Config, inputs: Inputs) -> list[str]:
@@ -258,9 +182,15 @@ def _consequences(config: Config, inputs: Inputs) -> list[str]:
             f"{len(inputs.prompts)} training prompts: {epochs:.2f} epochs",
         ]
         lines += _generation(config)
+    lines.append(
+        f"temperature {rollout.rollout_temperature:g}: one setting, of sampling and of training"
+    )
     if inputs.eval_prompts:
         samples = len(inputs.eval_prompts) * config.eval.eval_samples_per_prompt
-        lines.append(f"{samples} held-out samples per evaluation")
+        lines.append(
+            f"{samples} held-out samples per evaluation, at temperature "
+            f"{config.eval.eval_temperature:g}"
+        )
     return lines
 
 

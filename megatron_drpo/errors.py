@@ -31,3 +31,7 @@ class RolloutError(DrpoError, RuntimeError):
 
 class ServersError(RolloutError):
     """Servers have failed, and every rank raises this alike: together they can still save."""
+
+
+class VerificationError(DrpoError, ArithmeticError):
+    """`--verify-layout` found numbers that differ between two layouts by more than its tolerance."""

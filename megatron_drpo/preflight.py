@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from megatron_drpo import hardware
 from megatron_drpo.checkpoint.families import Architecture, differences, read_architecture
 from megatron_drpo.checkpoint.resume import LATEST, check_same_run, latest
 from megatron_drpo.checkpoint.torch_dist import find_torch_dist, open_weights
@@ -22,6 +23,7 @@ from megatron_drpo.config import Config
 from megatron_drpo.device import Device, choose_device
 from megatron_drpo.errors import ConfigError, DrpoError
 from megatron_drpo.objectives import Needs, build_objective
+from megatron_drpo.plan import layouts
 from megatron_drpo.prompts import PromptSampler, load_tokenizer, read_prompts, stop_ids
 from megatron_drpo.rewards import check_prompts
 from megatron_drpo.rewards.pool import check_reward
@@ -29,6 +31,7 @@ from megatron_drpo.rollout.environment import load_environment
 from megatron_drpo.rollout.files import check_header, read_header, read_rollouts, tokenizer_sha256
 from megatron_drpo.rollout.memory import planned_slots
 from megatron_drpo.types import Prompt, Rollout
+from megatron_drpo.vocab_parallel.gemm import round_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +101,6 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
             them when there are several.
     """
     problems = _Problems()
-    _check_layout(config, world_size, problems)
     device = problems.attempt(choose_device, config.parallel.device)
     _check_transformer_engine(config, device, problems)
     _check_exactness(config, device, problems)
@@ -112,12 +114,19 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
     _check_needs(config, needs, problems)
     places = _model(config, problems)
     architecture = None if places is None else problems.attempt(read_architecture, places[0])
-    inputs = None
+    if device is not None:
+        for problem in hardware.problems(config, architecture, hardware.look(device)):
+            problems.add(problem)
+    inputs = reference = None
     if places is not None and architecture is not None:
         weights = places[1]
         _check_same_model(config, architecture, weights, problems)
-        _check_against_model("the model", config, architecture, problems)
-        _check_training_of_experts(config, architecture, device, problems)
+        _check_context("the model", config, architecture, problems)
+        if config.moe.moe_routing_replay != "off" and not architecture.num_experts:
+            problems.add(
+                f"--moe-routing-replay {config.moe.moe_routing_replay}: the model has no experts "
+                "(config.json); drop it"
+            )
         if rank == 0:
             problems.attempt(_check_weights, weights, architecture)
         reference = _reference(config, needs, (architecture, weights), rank, problems)
@@ -125,6 +134,8 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
         inputs = _read(config, device, places, architecture, reference, problems)
         if inputs is not None:
             _check_topk(config, needs, inputs, problems)
+    for problem in layouts.problems(config, world_size, architecture, reference and reference[0]):
+        problems.add(problem)
     problems.raise_all()
     assert inputs is not None, "without a problem, everything was read"
     return inputs
@@ -175,7 +186,7 @@ def _reference(
             f"{policy[1]} {policy[0].vocab_size}; a divergence compares probabilities of "
             "the same ids, so use a model of the same tokenizer"
         )
-    _check_against_model("the reference model", config, architecture, problems)
+    _check_context("the reference model", config, architecture, problems)
     if rank == 0:
         problems.attempt(_check_weights, directory, architecture)
     return architecture, directory
@@ -252,32 +263,6 @@ def _check_weights(source: Path, architecture: Architecture) -> None:
         pass
 
 
-def _check_layout(config: Config, world_size: int, problems: _Problems) -> None:
-    tp = config.parallel.tensor_model_parallel_size
-    pp = config.parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        problems.add(
-            f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}: need a "
-            f"multiple of {tp * pp} ranks, but there are {world_size}; start them with torchrun "
-            f"--nproc-per-node {tp * pp}, or with NPROC_PER_NODE={tp * pp} in the environment of "
-            "bash examples/train_drpo_gpt.sh"
-        )
-        return
-    dp, per_step = world_size // (tp * pp), config.rollout.rollout_prompts_per_step
-    if per_step % dp:
-        problems.add(
-            f"--rollout-prompts-per-step {per_step}: must be a multiple of the {dp} data-parallel "
-            f"replicas ({world_size} ranks / {tp} TP / {pp} PP)"
-        )
-    ep = config.parallel.expert_model_parallel_size
-    if dp % ep:
-        problems.add(
-            f"--expert-model-parallel-size {ep}: must divide the {dp} data-parallel replicas "
-            f"({world_size} ranks / {tp} TP / {pp} PP); use one of "
-            + ", ".join(map(str, _divisors(dp)))
-        )
-
-
 def _check_transformer_engine(config: Config, device: Device | None, problems: _Problems) -> None:
     if config.model.transformer_impl != "transformer_engine":
         return
@@ -309,70 +294,19 @@ def _check_exactness(config: Config, device: Device | None, problems: _Problems)
         )
 
 
-def _check_against_model(
+def _check_context(
     whose: str, config: Config, architecture: Architecture, problems: _Problems
 ) -> None:
-    tp = config.parallel.tensor_model_parallel_size
-    split = {
-        name: getattr(architecture, name)
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-    }
-    uneven = [f"{name} {size}" for name, size in split.items() if size % tp]
-    if uneven:
-        fitting = [
-            str(size)
-            for size in range(1, architecture.num_query_groups + 1)
-            if not any(total % size for total in split.values())
-        ]
-        problems.add(
-            f"--tensor-model-parallel-size {tp}: does not divide {', '.join(uneven)} of {whose} "
-            f"(config.json); use one of {', '.join(fitting)}"
-        )
-    pp = config.parallel.pipeline_model_parallel_size
-    virtual = config.parallel.num_virtual_stages_per_pipeline_rank
-    if architecture.num_layers % (pp * virtual):
-        problems.add(
-            f"--pipeline-model-parallel-size {pp} --num-virtual-stages-per-pipeline-rank "
-            f"{virtual}: their product {pp * virtual} must divide num_layers "
-            f"{architecture.num_layers} of {whose} (config.json); use products among "
-            + ", ".join(map(str, _divisors(architecture.num_layers)))
-        )
-    experts, ep = architecture.num_experts, config.parallel.expert_model_parallel_size
-    if experts % ep:
-        problems.add(
-            f"--expert-model-parallel-size {ep}: does not divide num_experts {experts} of {whose} "
-            f"(config.json); use one of {', '.join(map(str, _divisors(experts)))}"
-        )
+    """A response and a prompt of one token at least have to fit into the model."""
     response, context = (
         config.rollout.rollout_max_response_length,
         architecture.max_position_embeddings,
     )
     if response >= context:
         problems.add(
-            f"--rollout-max-response-length {response}: leaves no room for a prompt in the model's "
-            f"max_position_embeddings {context}; use at most {context - 1}, less the longest prompt"
-        )
-
-
-def _check_training_of_experts(
-    config: Config, architecture: Architecture, device: Device | None, problems: _Problems
-) -> None:
-    """What Megatron asks of a mixture of experts that is trained, beyond its sizes."""
-    tp = config.parallel.tensor_model_parallel_size
-    ep = config.parallel.expert_model_parallel_size
-    if not architecture.num_experts:
-        if ep > 1:
-            problems.add(
-                f"--expert-model-parallel-size {ep}: the model has no experts (config.json); "
-                "drop it, and use --tensor-model-parallel-size to split the layers"
-            )
-        return
-    if tp > 1:
-        problems.add(
-            f"--tensor-model-parallel-size {tp}: the model has {architecture.num_experts} experts "
-            "in each layer, and Megatron trains those under tensor parallelism with sequence "
-            "parallelism only, which is not implemented; use 1, and split the experts with "
-            "--expert-model-parallel-size"
+            f"--rollout-max-response-length {response}: leaves no room for a prompt in "
+            f"max_position_embeddings {context} of {whose} (config.json); use at most "
+            f"{context - 1}, less the longest prompt"
         )
 
 
@@ -391,10 +325,6 @@ def _check_experts_on_gpu(
 
 def _have_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _check_output_directory(config: Config, problems: _Problems) -> None:
@@ -476,7 +406,7 @@ def _read(
             max_length=architecture.max_position_embeddings,
             samples_per_prompt=rollout.rollout_samples_per_prompt,
         )
-        _check_rollouts(config, rollouts or (), problems)
+        _check_rollouts(config, architecture, rollouts or (), problems)
         header = None if rollouts is None else read_header(rollout.rollouts_file)
         if header is not None:
             for problem in check_header(header, config, tokenizer_sha256(tokenizer)):
@@ -497,7 +427,10 @@ def _read(
 
 
 def _check_rollouts(
-    config: Config, rollouts: Sequence[tuple[Rollout, float | None]], problems: _Problems
+    config: Config,
+    architecture: Architecture,
+    rollouts: Sequence[tuple[Rollout, float | None]],
+    problems: _Problems,
 ) -> None:
     """A step takes each recorded group at most once; without rewards there must be answers."""
     rollout = config.rollout
@@ -521,6 +454,21 @@ def _check_rollouts(
             f"{len(rollouts)} rollouts have `kept_ids`, so they were drawn from a truncated "
             "distribution; give the --rollout-top-p and --rollout-top-k that they were drawn with"
         )
+    if rollouts and architecture.num_experts and config.moe.moe_routing_replay == "rollout":
+        shape = architecture.num_layers, architecture.num_experts_per_token
+        bad = sum(
+            taken.experts is None
+            or (*taken.experts.shape[1:],) != shape
+            or int(taken.experts.max()) >= architecture.num_experts
+            for taken, _ in rollouts
+        )
+        if bad:
+            problems.add(
+                f"--moe-routing-replay rollout: {bad} of {len(rollouts)} rollouts of "
+                f"{rollout.rollouts_file} have no `experts` of this model ({shape[0]} layers, "
+                f"{shape[1]} of {architecture.num_experts} experts per token); use score, or "
+                "record them with --moe-routing-replay rollout --save-rollouts"
+            )
     if any(reward is None for _, reward in rollouts):
         recorded = [taken.prompt for taken, _ in rollouts]
         problems.attempt(check_prompts, config.reward.reward, recorded)
@@ -567,8 +515,12 @@ def _check_row_budget(
     lengths += [
         rollout.prompt.token_ids.numel() + rollout.response_ids.numel() for rollout, _ in rollouts
     ]
-    if lengths and max(lengths) > budget:
+    cp = config.parallel.context_parallel_size
+    longest = max(lengths, default=0)
+    place = round_up(longest, 2 * cp) if cp > 1 else longest
+    if place > budget:
+        padded = f", padded to {place} for --context-parallel-size {cp}," if place > longest else ""
         problems.add(
-            f"--max-tokens-per-microbatch {budget}: the longest sequence may have {max(lengths)} "
-            f"tokens and has to fit into one row; use at least {max(lengths)}"
+            f"--max-tokens-per-microbatch {budget}: the longest sequence may have {longest} "
+            f"tokens{padded} and has to fit into one row; use at least {place}"
         )

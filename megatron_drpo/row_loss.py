@@ -31,7 +31,7 @@ from megatron_drpo.vocab_parallel import (
     outside,
     project,
 )
-from megatron_drpo.vocab_parallel.shard import shard_of
+from megatron_drpo.vocab_parallel.shard import gather_ranks, shard_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class OutputLayer:
     temperature: float
     group: dist.ProcessGroup | None
     """The tensor-parallel group, None for one rank."""
+    context_group: dist.ProcessGroup | None = None
+    """The ranks that hold the other parts of each row, None where a rank has whole rows."""
+    sequence_parallel: bool = False
+    """Hidden states come split over `group`, by tokens."""
     chunk_bytes: int | None = None
     """Budget of the fused sweep, see `fused_linear_objective`."""
 
@@ -53,12 +57,24 @@ class OutputLayer:
             "group": self.group,
         }
 
+    def sweep_arguments(self) -> dict[str, Any]:
+        """And what those take which begin with hidden states."""
+        return {
+            **self.arguments(),
+            "sequence_parallel": self.sequence_parallel,
+            "chunk_bytes": self.chunk_bytes,
+        }
+
+    def all_tokens(self, hidden: Tensor) -> Tensor:
+        """[S, H] without gradient: `hidden` of every token, where sequence parallelism split it."""
+        return gather_ranks(hidden, self.group).flatten(0, 1) if self.sequence_parallel else hidden
+
 
 def score(row: Row, hidden: Tensor, weight: Tensor, layer: OutputLayer) -> TokenScores:
     """Log-probs and entropy of the row's loss tokens, without gradient.
 
     Args:
-        hidden: [S, H], the decoder's output.
+        hidden: [S, H], the decoder's output; [S/tp, H] of this rank's with `sequence_parallel`.
         weight: [V/tp, H].
     """
     return linear_scores(
@@ -67,8 +83,7 @@ def score(row: Row, hidden: Tensor, weight: Tensor, layer: OutputLayer) -> Token
         row.targets,
         rows=row.loss_index,
         kept=row.kept_ids,
-        chunk_bytes=layer.chunk_bytes,
-        **layer.arguments(),
+        **layer.sweep_arguments(),
     )
 
 
@@ -86,7 +101,7 @@ def fused_loss(
     """`sum(row.weights * losses)`, 0-dim, and the diagnostics; no [T, V/tp] is ever held.
 
     Args:
-        hidden: [S, H], the decoder's output, with gradient.
+        hidden: [S, H] or [S/tp, H] as for `score`, with gradient.
         weight: [V/tp, H] of the output layer, with gradient.
         behaviour_weight, reference_weight: [V/tp, H] of the other models' output layers, where the
             objective needs their whole distributions (`row` has their hidden states).
@@ -95,7 +110,7 @@ def fused_loss(
     Raises:
         RolloutError: a log-prob of the policy is not finite.
     """
-    known = _known(row, objective, lambda: score(row, hidden, weight, layer).logprobs)
+    known = _known(row, objective, layer, lambda: score(row, hidden, weight, layer).logprobs)
     sources = _distributions(row, objective, behaviour_weight, reference_weight)
 
     def token_losses(part: slice, scores: Scores) -> Tensor:
@@ -111,8 +126,7 @@ def fused_loss(
         kept=row.kept_ids,
         others=list(sources.values()),
         weight_grad=weight_grad,
-        chunk_bytes=layer.chunk_bytes,
-        **layer.arguments(),
+        **layer.sweep_arguments(),
     )
     return result.loss, _diagnose(row, objective, result.scores, known, list(sources))
 
@@ -138,7 +152,7 @@ def plain_loss(
     scores = logprobs_and_entropy(
         logits, _ids(row, objective), overwrite_logits=True, **layer.arguments()
     )
-    known = _known(row, objective, lambda: _of_sampled(scores.logprobs).detach())
+    known = _known(row, objective, layer, lambda: _of_sampled(scores.logprobs).detach())
     sources = _distributions(row, objective, behaviour_weight, reference_weight)
     distances = []
     for q in sources.values():
@@ -189,7 +203,9 @@ def _of_sampled(logprobs: Tensor) -> Tensor:
     return logprobs if logprobs.dim() == 1 else logprobs[:, 0]
 
 
-def _known(row: Row, objective: Objective, logprobs: Callable[[], Tensor]) -> dict[str, Tensor]:
+def _known(
+    row: Row, objective: Objective, layer: OutputLayer, logprobs: Callable[[], Tensor]
+) -> dict[str, Tensor]:
     """The fields of `Tokens` that are known before the losses; `logprobs` is a sweep of its own."""
     known: dict[str, Tensor | None] = {
         "behaviour_logprobs": row.behaviour_logprobs,
@@ -207,24 +223,32 @@ def _known(row: Row, objective: Objective, logprobs: Callable[[], Tensor]) -> di
         known["sequence_length"] = _sequence_lengths(row)[row.sequence]
     if needs.sequences:
         anchor = old if objective.decoupled else row.behaviour_logprobs
-        known["sequence_log_ratio"] = _mean_of_sequences(row, logprobs() - anchor)
+        known["sequence_log_ratio"] = _mean_of_sequences(row, layer, logprobs() - anchor)
     if needs.sequence_weights:
-        known["sequence_log_weight"] = _mean_of_sequences(row, old - row.behaviour_logprobs)
+        log_weight = old - row.behaviour_logprobs
+        known["sequence_log_weight"] = _mean_of_sequences(row, layer, log_weight)
     return {name: value for name, value in known.items() if value is not None}
 
 
 def _sequence_lengths(row: Row) -> Tensor:
     """fp32 [N]: loss tokens of each sequence; a sequence lies in one row, whole."""
     count = row.cu_seqlens.numel() - 1
-    return torch.bincount(row.sequence, minlength=count).to(row.advantages.dtype)
+    sequence = row.sequence if row.share is None else row.share.whole_sequence
+    return torch.bincount(sequence, minlength=count).to(row.advantages.dtype)
 
 
-def _mean_of_sequences(row: Row, values: Tensor) -> Tensor:
+def _mean_of_sequences(row: Row, layer: OutputLayer, values: Tensor) -> Tensor:
     """fp32 [T]: for each token the mean of `values` [T] over its sequence.
 
     Summed in the order of the tokens: scattered additions would come out differently on each
-    tensor-parallel rank, and a mask at its edge with them.
+    tensor-parallel rank, and a mask at its edge with them. So the values of a row that is shared
+    out are put together first, each at its place: the others add zeros to it.
     """
+    if row.share is not None:
+        whole = values.new_zeros(row.share.whole_sequence.numel())
+        whole[row.share.loss_places] = values
+        dist.all_reduce(whole, group=layer.context_group)
+        values = whole
     if not values.numel():
         return values
     lengths = _sequence_lengths(row)

@@ -43,7 +43,9 @@ from megatron_drpo.metrics import (
     rollout_statistics,
     trust_region_statistics,
 )
-from megatron_drpo.packing import split_updates
+from megatron_drpo.packing import packing_statistics, split_updates
+from megatron_drpo.plan.flops import attention_cost
+from megatron_drpo.plan.speed import mfu, training_flops
 from megatron_drpo.preflight import Inputs
 from megatron_drpo.report import write_report
 from megatron_drpo.rollout.engines import build_engine
@@ -192,7 +194,7 @@ class _Run:
                     self._log(scalars, histograms)
                 raise ServersError(f"{error}\n{self._rescue()}") from error
             scalars |= self.timer.pop()
-            _add_throughput(scalars)
+            scalars |= _throughput(scalars, self.layout.world_size, config.train.peak_tflops)
             self._log(scalars, histograms)
             if self._due(config.eval.eval_interval):
                 self._evaluate()
@@ -251,15 +253,16 @@ class _Run:
         scalars = rollout_statistics(trajectories) | batch.statistics
         scalars |= self._staleness(trajectories)
         with self.timer.phase("score"):
-            updates = self._annotate(trajectories)
-            scalars |= self.gate.check(updates, self.step)
+            updates, packing = self._annotate(trajectories)
+            scalars |= packing | self.gate.check(updates, self.step)
         with self.timer.phase("train"):
             updated, tokens = self._update(updates)
         scalars |= updated
-        scalars["tokens/response"] = sum(t.rollout.response_ids.numel() for t in trajectories)
-        scalars["tokens/total"] = scalars["tokens/response"] + sum(
-            t.rollout.prompt.token_ids.numel() for t in trajectories
-        )
+        lengths = _lengths(trajectories)
+        response = sum(t.rollout.response_ids.numel() for t in trajectories)
+        scalars["tokens/response"], scalars["tokens/total"] = response, sum(lengths)
+        flops = training_flops(self.inputs.architecture, lengths, loss_tokens=response)
+        scalars["tflop/train"] = flops / 1e12
         if tokens is None:
             return scalars, {}
         scalars |= trust_region_statistics(tokens, config.objective.log_ratio_limit)
@@ -330,8 +333,11 @@ class _Run:
 
     # The trainer's side.
 
-    def _annotate(self, trajectories: Sequence[Trajectory]) -> list[list[Row]]:
-        """The rows of each update, with what the policy says of them before the first one."""
+    def _annotate(
+        self, trajectories: Sequence[Trajectory]
+    ) -> tuple[list[list[Row]], dict[str, float]]:
+        """The rows of each update, with what the policy says of them before the first one, and how
+        well they are packed."""
         config = self.config
         shares = split_updates(
             trajectories,
@@ -339,7 +345,13 @@ class _Run:
             config.train.updates_per_rollout,
             (config.train.seed, self.step),
         )
-        return self.policy.annotate([self.policy.pack(share) for share in shares])
+        packed = [self.policy.pack_replicas(share) for share in shares]
+        statistics = packing_statistics(
+            packed,
+            num_tokens=sum(_lengths(trajectories)),
+            attention=attention_cost(self.inputs.architecture),
+        )
+        return self.policy.annotate([self.policy.own_rows(rows) for rows in packed]), statistics
 
     def _update(
         self, rows_of_updates: Sequence[Sequence[Row]]
@@ -366,6 +378,9 @@ class _Run:
             "skipped_updates": float(self.skipped_updates),
             "policy_version": float(self.policy.num_updates),
         }
+        differing = self.policy.take_routing_differences()
+        if differing is not None:
+            scalars["moe/routing_differs"] = differing
         return scalars, TokenDiagnostics.cat(received) if self.main else None
 
     # Evaluation, checkpoints, the end.
@@ -426,16 +441,30 @@ class _Run:
         self.say(f"exported: {path}")
 
 
-def _add_throughput(scalars: dict[str, float]) -> None:
-    """Tokens per second of a step, from its token counts and times."""
+def _lengths(trajectories: Sequence[Trajectory]) -> list[int]:
+    """Tokens of each sequence, prompt and response."""
+    rollouts = [trajectory.rollout for trajectory in trajectories]
+    return [r.prompt.token_ids.numel() + r.response_ids.numel() for r in rollouts]
+
+
+def _throughput(
+    scalars: dict[str, float], world_size: int, peak_tflops: float | None
+) -> dict[str, float]:
+    """Tokens per second of a step, from its token counts and times; use of the devices' peak."""
     rates = {
         "tokens_per_second/generate": ("tokens/response", "time/generate"),
         "tokens_per_second/train": ("tokens/total", "time/train"),
         "tokens_per_second": ("tokens/total", "time/step"),
     }
-    for name, (tokens, seconds) in rates.items():
-        if scalars.get(seconds):
-            scalars[name] = scalars[tokens] / scalars[seconds]
+    found = {
+        name: scalars[tokens] / scalars[seconds]
+        for name, (tokens, seconds) in rates.items()
+        if scalars.get(seconds)
+    }
+    if peak_tflops and scalars.get("time/train"):
+        flops, seconds = scalars["tflop/train"] * 1e12, scalars["time/train"]
+        found["mfu"] = mfu(flops, seconds, world_size, peak_tflops)
+    return found
 
 
 def _postfix(scalars: dict[str, float], evaluated: dict[str, float]) -> dict[str, str]:

@@ -91,6 +91,9 @@ class Rollout:
     loss_mask: Tensor | None = None
     """bool [R]; False where the policy did not write the token (a tool's answer, say): it is seen
     but not trained on, and whatever `behaviour_logprobs` holds there is not looked at."""
+    experts: Tensor | None = None
+    """uint8 or int16 [P + R - 1, layers, k]: the experts that every token of prompt and response
+    but the last was routed to, with `--moe-routing-replay rollout`."""
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
@@ -124,11 +127,16 @@ class RowShare:
 
     Each sequence, padded to a multiple of 2 * cp_size, is cut into as many equal pieces, of which
     rank r has number r and number 2 * cp_size - 1 - r: attention then costs every rank the same.
+    What follows the last sequence is cut like one.
+
+    Example, the row of two sequences of 4 tokens, loss tokens at 1, 2 and 6, cp_size 2, rank 0:
+        index              [0, 3, 4, 7]     # rank 1: [1, 2, 5, 6]
+        loss_places        []               # rank 1: [0, 1, 2], at `loss_index` [0, 1, 3]
+        whole_sequence     [0, 0, 1]
     """
 
     index: Tensor
-    """int64 [S / cp], ascending within each sequence: where the row's tokens of this rank are in
-    the whole row."""
+    """int64 [S / cp], ascending: where this rank's tokens are in the whole row."""
     loss_places: Tensor
     """int64 [T]: number of each of this rank's loss tokens among those of the whole row."""
     whole_sequence: Tensor
@@ -185,6 +193,9 @@ class Row:
     """fp32 [T, K]."""
     kept_ids: KeptIds | None = None
     """Of T tokens, if the rollouts carry them: the policy's law is renormalised over these."""
+    experts: Tensor | None = None
+    """int16 [S, layers, k]: the experts that each token is to be routed to; -1 where the router
+    decides."""
     share: RowShare | None = None
     """Set where this is one context-parallel rank's part of a row: all fields are then of that part
     alone, but `cu_seqlens` and `names`, and `num_items` counts on the first of these ranks."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import __main__ as everything
-from benchmarks import conversion, generation, training_memory, vocab_parallel
+from benchmarks import conversion, generation, objective_cost, training_memory, vocab_parallel
 from benchmarks.contenders import _ENTROPY_WEIGHT, CONTENDERS, Inputs, Problem
 from benchmarks.measure import Place, extra_memory_of, run_ranks
 from benchmarks.vocab_parallel import Result, Settings
@@ -281,6 +281,50 @@ def test_a_training_step_is_measured_with_both_output_layers(
     assert not plain["step"]["fused"] and fused["step"]["fused"]
     # The plain one holds the logits of 512 loss tokens, half the vocabulary on each rank.
     assert plain["peak_bytes"] - fused["peak_bytes"] > 0.5 * 512 * 80_000 * 4
+
+
+def test_the_cost_of_the_objective_is_a_paired_ratio() -> None:
+    def result(layout: str, plain: list[float], drpo: list[float]) -> objective_cost.Result:
+        case = objective_cost.Case(
+            "calculator", objective_cost.MODELS["calculator"], layout, "fp32"
+        )
+        # On the wall everything takes three times as long on a busy machine, ours ten times.
+        wall = [3 * value for value in plain], [10 * value for value in drpo]
+        return objective_cost.Result(case, wall[0], plain, wall[1], drpo)
+
+    results = [
+        result("TP1", [1.0, 2.0, 4.0], [1.04, 1.0, 5.0]),  # ratios 1.04, 0.5, 1.25
+        result("PP2", [1.0, 2.0, 4.0], [1.06, 2.2, 4.0]),
+    ]
+    assert objective_cost.targets(results, "cpu")[2:] == [
+        "- calculator, TP1: 1.04 x the CPU s of plain training, wanted at most 1.05: met",
+        "- calculator, PP2: 1.06 x the CPU s of plain training, wanted at most 1.05: missed",
+    ]
+    assert objective_cost.targets(results, "cuda")[2].startswith(
+        "- calculator, TP1: 3.47 x the s of plain training"
+    )
+    record = json.loads(json.dumps(objective_cost.record_of(results, "cpu", 1, 3)))
+    assert objective_cost.results_of(record) == results
+    row = "| calculator, TP1 |    6.00 |  10.40 |    3.47 |        2.00 |       1.04 |    1.04 |"
+    assert row in objective_cost.render(record)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_drpo_and_plain_training_start_from_one_likelihood_and_are_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "figures.json"
+    objective_cost.main(
+        ["--models", "calculator", "--layouts", "PP2", "--rows", "2", "--length", "32"]
+        + ["--rounds", "1", "--device", "cpu", "--json", str(path)]
+    )
+    record = json.loads(path.read_text())
+    assert capsys.readouterr().out.strip() == objective_cost.render(record)
+    (result,) = objective_cost.results_of(record)
+    assert (result.case.layout, result.case.model.rows, result.case.model.length) == ("PP2", 2, 32)
+    figures = (result.plain, result.plain_cpu, result.drpo, result.drpo_cpu)
+    assert all(len(times) == 1 and times[0] > 0 for times in figures)
 
 
 def test_settings_are_written_down() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from megatron_drpo.checkpoint.convert import hf_to_megatron
-from megatron_drpo.checkpoint.families import Architecture, Entry, read_architecture
+from megatron_drpo.checkpoint.families import Architecture, Entry, RopeScaling, read_architecture
 from megatron_drpo.checkpoint.hf import HfWeights
 from megatron_drpo.checkpoint.torch_dist import MegatronWeights
 from megatron_drpo.errors import CheckpointError
@@ -233,6 +233,65 @@ def test_a_wrong_setting_is_seen(
     found = pair.compare(architecture=dataclasses.replace(pair.architecture, **changes))
     assert not found.agrees and found.departs_at == "layer 0"
     assert found.max_abs_diff > 25 * found.tolerance
+
+
+SPECIAL: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+        },
+        {"sliding_layers": (1, 2)},
+        "layer 2",
+    ),
+    ("mistral", {"sliding_window": 12}, {"sliding_window": 13}, "layer 0"),
+    (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 5000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=64)},
+        "layer 0",  # the factor of the scores is missing
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "wrong", "place"), SPECIAL, ids=["windows", "window", "yarn"]
+)
+def test_windows_and_scaling_are_compared_layer_by_layer(
+    tmp_path: Path, family: str, changes: dict[str, Any], wrong: dict[str, Any], place: str
+) -> None:
+    pair = Pair(tmp_path, family, **changes)
+    found = pair.compare()
+    assert found.agrees and found.max_abs_diff < 1e-5
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        expected = model(TOKENS[None]).logits.abs().max()
+    assert found.scale == pytest.approx(float(expected), abs=1e-5)
+    found = pair.compare(architecture=dataclasses.replace(pair.architecture, **wrong))
+    assert not found.agrees and found.departs_at == place
+    assert found.max_abs_diff > 25 * found.tolerance
+
+
+def test_biases_are_compared(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, "llama", attention_bias=True, mlp_bias=True)
+    found = pair.compare()
+    assert found.agrees and found.max_abs_diff < 1e-5
+    for name, edit in (
+        ("self_attention.linear_proj.bias[1]", torch.zeros_like),
+        ("mlp.linear_fc1.bias[1]", swap_halves),
+        ("mlp.linear_fc2.bias[1]", torch.zeros_like),
+    ):
+        found = pair.compare({f"decoder.layers.{name}": edit})
+        assert not found.agrees and found.departs_at == "layer 1"
 
 
 def test_only_the_layers_asked_for_are_compared(pairs: dict[str, Pair]) -> None:

@@ -24,11 +24,13 @@ from tests.tiny_models import EXPERTS, LAYERS, MOE, VOCAB, reference_shard, save
 NAMES = [family.name for family in FAMILIES]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*NAMES, "llama with biases"])
 def saved(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A tiny checkpoint of each family, and its tensors."""
     directory = tmp_path_factory.mktemp(request.param)
-    return directory, save_tiny(directory, request.param)
+    family, *biased = request.param.split(" with ")
+    changes = dict.fromkeys(("attention_bias", "mlp_bias"), True) if biased else {}
+    return directory, save_tiny(directory, family, **changes)
 
 
 def entries(architecture: Architecture) -> list[Entry]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from megatron_drpo.checkpoint.families import (
 )
 from megatron_drpo.errors import CheckpointError
 from tests.published_configs import PUBLISHED
-from tests.tiny_models import MOE, VOCAB, hf_classes, save_tiny, tiny_model
+from tests.tiny_models import MOE, hf_classes, save_tiny, tiny_model
 
 NAMES = [family.name for family in FAMILIES]
 
@@ -108,8 +110,10 @@ def test_missing_keys_mean_what_transformers_takes_for_them(tmp_path: Path, fami
     assert ours.norm_epsilon == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.hf_dtype == "float32"
+    assert ours.max_position_embeddings == 10000
     window = getattr(theirs, "sliding_window", None)  # already None where it is not in use
-    assert ours.max_position_embeddings == min(10000, window or 10000)
+    assert ours.sliding_window == window
+    assert ours.sliding_layers == (tuple(range(ours.num_layers)) if window else ())
     # A Mixtral has no such key, and normalizes.
     assert ours.normalize_router_weights == getattr(theirs, "norm_topk_prob", family == "mixtral")
 
@@ -126,11 +130,13 @@ def test_defaults_of_a_window_that_is_switched_on(tmp_path: Path, family: str, l
         **dict.fromkeys(("sliding_window", "max_window_layers", "layer_types"), "DROP"),
     )
     theirs = hf_classes(family)[0](**kept)
+    ours = read_architecture(tmp_path)
     # A Qwen3-MoE has no types of layers: all of them slide.
-    slides = "sliding_attention" in getattr(theirs, "layer_types", ["sliding_attention"])
-    assert slides == (family == "qwen3_moe" or layers == 29)
-    longest = theirs.sliding_window if slides else 10000
-    assert read_architecture(tmp_path).max_position_embeddings == longest
+    kinds = getattr(theirs, "layer_types", ["sliding_attention"] * layers)
+    windows = [theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    assert [ours.window_of(layer) for layer in range(layers)] == windows
+    assert any(windows) == (family == "qwen3_moe" or layers == 29)
+    assert ours.max_position_embeddings == 10000
 
 
 @pytest.mark.parametrize("family", MOE)
@@ -157,44 +163,52 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 6, "layer_types": "DROP
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "longest"),
+    ("family", "changes", "slides"),
     [
-        ("mistral", {"sliding_window": 6}, 6),
-        ("mistral", {"sliding_window": 100}, 64),
-        ("mistral", {"sliding_window": None}, 64),
-        ("mixtral", {"sliding_window": 6}, 6),
-        ("qwen2", SLIDING | {"max_window_layers": 3}, 6),
-        ("qwen2", SLIDING | {"max_window_layers": 4}, 64),  # of 4 layers
-        ("qwen2", SLIDING | {"use_sliding_window": False, "max_window_layers": 0}, 64),
-        ("qwen3", SLIDING | {"max_window_layers": 0}, 6),
+        ("mistral", {"sliding_window": 6}, "1111"),
+        ("mistral", {"sliding_window": 64}, "0000"),  # no sequence is longer
+        ("mistral", {"sliding_window": None}, "0000"),
+        ("mixtral", {"sliding_window": 6}, "1111"),
+        ("qwen2", SLIDING | {"max_window_layers": 3}, "0001"),
+        ("qwen2", SLIDING | {"max_window_layers": 4}, "0000"),
+        ("qwen2", SLIDING | {"use_sliding_window": False, "max_window_layers": 0}, "0000"),
+        ("qwen3", SLIDING | {"max_window_layers": 0}, "1111"),
+        ("qwen3", SLIDING | {"max_window_layers": -1}, "1111"),
         (
             "qwen3",
-            SLIDING | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
-            6,
+            SLIDING | {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "0101",
         ),
-        ("qwen3", SLIDING | {"layer_types": ["full_attention"] * 4, "max_window_layers": 0}, 64),
-        ("qwen3_moe", SLIDING | {"max_window_layers": 4}, 6),  # a key that Qwen3-MoE ignores
-        ("qwen3_moe", SLIDING | {"use_sliding_window": False}, 64),
+        (
+            "qwen3",
+            SLIDING | {"layer_types": ["full_attention"] * 4, "max_window_layers": 0},
+            "0000",
+        ),
+        ("qwen3_moe", SLIDING | {"max_window_layers": 4}, "1111"),  # a key that Qwen3-MoE ignores
+        ("qwen3_moe", SLIDING | {"use_sliding_window": False}, "0000"),
     ],
 )
-def test_the_longest_sequence_is_the_longest_with_full_attention(
-    tmp_path: Path, family: str, changes: dict[str, Any], longest: int
+def test_windows_are_those_of_transformers_layer_by_layer(
+    tmp_path: Path, family: str, changes: dict[str, Any], slides: str
 ) -> None:
     save_tiny(tmp_path, family)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | changes
     config = {key: value for key, value in config.items() if value != "DROP"}
     path.write_text(json.dumps(config))
-    assert read_architecture(tmp_path).max_position_embeddings == longest
+    architecture = read_architecture(tmp_path)
+    assert architecture.max_position_embeddings == 64
+    windows = [architecture.window_of(layer) for layer in range(4)]
+    assert windows == [6 if slide == "1" else None for slide in slides]
+    assert architecture.sliding_window == (6 if "1" in slides else None)
 
-    # transformers, with the window and without, agrees up to there and no further.
-    slides = AutoModelForCausalLM.from_pretrained(tmp_path)
-    full = tiny_model(family)
-    tokens = torch.randint(VOCAB, (1, 65), generator=torch.Generator().manual_seed(3))
+    # In transformers, too, the first token can be seen from the sixth and no more from the next.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     with torch.no_grad():
-        for length in (longest, longest + 1):
-            gap = slides(tokens[:, :length]).logits - full(tokens[:, :length]).logits
-            assert (gap.abs().max() < 1e-4) == (length <= 6 or longest == 64), length
+        weights = model(torch.arange(10)[None], output_attentions=True).attentions
+    for layer, window in zip(weights, windows, strict=True):
+        assert (layer[0, :, 5, 0] > 0).all()
+        assert (layer[0, :, 6:, 0] > 0).all() if window is None else (layer[0, :, 6:, 0] == 0).all()
 
 
 # --- Rotary embeddings --------------------------------------------------------------------------
@@ -212,6 +226,10 @@ LLAMA3_ROPE = {
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 
 
+def yarn(length: int = 32768, **changes: Any) -> RopeScaling:
+    return RopeScaling("yarn", 4.0, original_max_position_embeddings=length, **changes)
+
+
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize(
     ("rope", "scaling"),
@@ -227,6 +245,8 @@ LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
             LLAMA3_ROPE | {"original_max_position_embeddings": None},  # the model's own length
             RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
         ),
+        # Up to max_position_embeddings, the frequencies are the plain ones.
+        ({"rope_type": "dynamic", "factor": 4.0, "rope_theta": 500000.0}, None),
         ({"rope_type": "linear", "factor": 2.0}, RopeScaling("linear", 2.0)),
         ({"type": "linear", "factor": 4, "rope_theta": 500000.0}, RopeScaling("linear", 4)),
         ({"rope_type": "default", "partial_rotary_factor": 1.0}, None),
@@ -242,8 +262,58 @@ def test_reads_rope_scaling_in_both_spellings(
     )
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("rope", "scaling", "longest"),
+    [
+        (YARN, yarn(attention_factor=0.1 * math.log(4) + 1), 131072),
+        ({"type": "yarn", "factor": 4.0}, yarn(64, attention_factor=0.1 * math.log(4) + 1), 256),
+        (
+            {"type": "yarn", "factor": 1.25, "original_max_position_embeddings": 40},
+            RopeScaling(
+                "yarn",
+                1.25,
+                original_max_position_embeddings=40,
+                attention_factor=0.1 * math.log(1.25) + 1,
+            ),
+            64,
+        ),
+        (
+            YARN | {"beta_fast": 20, "beta_slow": 2.5, "truncate": False, "attention_factor": 1.5},
+            yarn(beta_fast=20, beta_slow=2.5, truncate=False, attention_factor=1.5),
+            131072,
+        ),
+        (
+            YARN | {"beta_fast": None, "attention_factor": None, "mscale": 2.0},
+            yarn(attention_factor=0.1 * math.log(4) + 1),
+            131072,
+        ),
+        (
+            YARN | {"mscale": 0.707, "mscale_all_dim": 2},
+            yarn(
+                attention_factor=(0.0707 * math.log(4) + 1) / (0.2 * math.log(4) + 1),
+            ),
+            131072,
+        ),
+    ],
+)
+def test_reads_yarn_and_the_length_that_it_stretches_to(
+    tmp_path: Path, rope: dict[str, Any], scaling: RopeScaling, longest: int
+) -> None:
+    write(tmp_path, "llama", rope_parameters=rope | {"rope_theta": 5000.0})
+    read = read_architecture(tmp_path)
+    assert read.rope_scaling is not None
+    factor = read.rope_scaling.attention_factor
+    assert factor == pytest.approx(scaling.attention_factor, rel=1e-12)
+    scaling = replace(scaling, attention_factor=factor)
+    assert read == expected("llama", rope_scaling=scaling, max_position_embeddings=longest)
+
+
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "default"},
+    {"rope_type": "dynamic", "factor": 7.3},
     {"rope_type": "linear", "factor": 2.0},
     {"rope_type": "linear", "factor": 7.3},
     LLAMA3_ROPE,
@@ -251,6 +321,15 @@ ROPES: list[dict[str, Any]] = [
     LLAMA3_ROPE | {"factor": 5, "low_freq_factor": 1.5, "high_freq_factor": 6},
     LLAMA3_ROPE | {"original_max_position_embeddings": 4096},
     LLAMA3_ROPE | {"original_max_position_embeddings": 40},
+    YARN,
+    YARN | {"factor": 7.3, "truncate": False},
+    YARN | {"factor": 1},
+    {"rope_type": "yarn", "factor": 4.0},
+    YARN | {"original_max_position_embeddings": 64, "beta_fast": 8, "beta_slow": 0.5},
+    YARN | {"original_max_position_embeddings": 2},  # the passage begins and ends at channel 0
+    YARN | {"attention_factor": 1.5, "mscale": 0.5, "mscale_all_dim": 1.0},
+    YARN | {"mscale": 0.707, "mscale_all_dim": 1.0},
+    YARN | {"mscale": 0.707},
 ]
 
 
@@ -264,9 +343,25 @@ def test_frequencies_are_those_of_transformers_to_the_last_bit(
 
     config = write_rope(tmp_path, rope | {"rope_theta": base}, head_dim)
     theirs = LlamaRotaryEmbedding(hf_classes("llama")[0](**config))
-    ours = rotary_frequencies(read_architecture(tmp_path))
+    architecture = read_architecture(tmp_path)
+    ours = rotary_frequencies(architecture)
     assert ours.dtype == torch.float32 and torch.equal(ours, theirs.inv_freq)
-    assert theirs.attention_scaling == 1.0
+    # It multiplies queries and keys there, here their products.
+    assert architecture.softmax_scale_factor == theirs.attention_scaling**2
+
+
+def test_frequencies_at_the_longest_sequence(tmp_path: Path) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    for rope in ROPES:
+        config = write_rope(tmp_path, rope | {"rope_theta": 500000.0}, 64)
+        architecture = read_architecture(tmp_path)
+        theirs = LlamaRotaryEmbedding(hf_classes("llama")[0](**config))
+        last = torch.tensor([[architecture.max_position_embeddings - 1]])
+        cos, _ = theirs(torch.zeros(1), last)  # where the sequence's length may change the table
+        angles = last.squeeze() * rotary_frequencies(architecture)
+        factor = architecture.softmax_scale_factor**0.5
+        torch.testing.assert_close(cos[0, 0, :32], angles.cos() * factor, rtol=0, atol=1e-6)
 
 
 def write_rope(directory: Path, rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
@@ -287,7 +382,7 @@ def write_rope(directory: Path, rope: dict[str, Any], head_dim: int) -> dict[str
             ("llama", {key: {name: kind, "factor": 2.0}}, f"{key}.rope_type: '{kind}' is not impl")
             for key in ("rope_parameters", "rope_scaling")
             for name in ("type", "rope_type")
-            for kind in ("dynamic", "yarn", "longrope", "proportional", "mrope", "novel")
+            for kind in ("longrope", "proportional", "mrope", "novel")
         ),
         ("llama", {"rope_scaling": {"factor": 2.0}}, r"rope_scaling.factor: 2.0 is not known"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor: missing; .*least 1"),
@@ -312,6 +407,22 @@ def write_rope(directory: Path, rope: dict[str, Any], head_dim: int) -> dict[str
             {"rope_parameters": LLAMA3_ROPE | {"attention_factor": 1.2}},
             "rope_parameters.attention_factor: 1.2 is not known for rope_type 'llama3'",
         ),
+        ("llama", {"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: missing; .*least 1"),
+        ("llama", {"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor: missing; .*least 1"),
+        ("llama", {"rope_parameters": YARN | {"truncate": None}}, "truncate: None; .*true or"),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 0}}, "_factor: 0; .*above 0"),
+        ("llama", {"rope_parameters": YARN | {"mscale": -1}}, "mscale: -1; .*at least 0"),
+        (
+            "llama",
+            {"rope_parameters": YARN | {"beta_slow": 32}},
+            "rope_parameters.beta_slow: 32; must be below beta_fast 32",
+        ),
+        (
+            "llama",
+            {"rope_parameters": YARN | {"low_freq_factor": 1.0}},
+            "rope_parameters.low_freq_factor: 1.0 is not known for rope_type 'yarn'",
+        ),
+        ("llama", {"rope_parameters": YARN | {"rope_theta": 1}}, "rope_theta: 1; .*above 1"),
         (
             "llama",
             {"rope_scaling": {"type": "linear", "factor": 2.0}},  # beside plain rope_parameters
@@ -329,8 +440,10 @@ def write_rope(directory: Path, rope: dict[str, Any], head_dim: int) -> dict[str
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "rope_parameters.partial_rotary_factor: 0.5 .*must be 1.0",
         ),
-        ("llama", {"attention_bias": True}, "attention_bias: True .*must be False"),
-        ("llama", {"mlp_bias": True}, "mlp_bias: True .*must be False"),
+        ("llama", {"attention_bias": True}, "attention_bias: True beside mlp_bias: False .*both"),
+        ("llama", {"mlp_bias": True}, "attention_bias: False beside mlp_bias: True .*both"),
+        ("llama", {"mlp_bias": 1, "attention_bias": 1}, "mlp_bias: 1; must be true or false"),
+        ("mistral", {"mlp_bias": True}, "mlp_bias: True is not known"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act: 'gelu' .*must be 'silu'"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout: 0.1 .*must be 0.0"),
         ("llama", {"sliding_window": 1024}, "sliding_window: 1024 is not known"),
@@ -354,6 +467,11 @@ def write_rope(directory: Path, rope: dict[str, Any], head_dim: int) -> dict[str
             "qwen3",
             {"layer_types": ["sliding_attention"] * 4},
             "layer_types: has 'sliding_attention', but no sliding_window is in use",
+        ),
+        (
+            "mistral",
+            {"layer_types": ["full_attention"] * 4, "sliding_window": 8},
+            "layer_types: has 'full_attention', but in this family the sliding_window 8 holds in",
         ),
         ("qwen3", {"layer_types": ["full_attention"] * 3}, "layer_types: .*num_hidden_layers 4"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "layer_types: .*chunked_attention"),
@@ -382,11 +500,16 @@ def test_refuses_what_it_would_compute_wrongly(
     assert str(tmp_path / "config.json") in str(error.value)
 
 
+def test_biases_of_llama_are_read(tmp_path: Path) -> None:
+    write(tmp_path, "llama", attention_bias=True, mlp_bias=True)
+    assert read_architecture(tmp_path) == expected("llama", add_bias_linear=True)
+
+
 def test_lists_all_problems_at_once(tmp_path: Path) -> None:
-    write(tmp_path, "llama", attention_bias=True, vocab_size=-1, novelty=1)
+    write(tmp_path, "llama", mlp_bias=True, vocab_size=-1, novelty=1)
     with pytest.raises(CheckpointError) as error:
         read_architecture(tmp_path)
-    for key in ("attention_bias: True", "vocab_size: -1", "novelty: 1"):
+    for key in ("mlp_bias: True", "vocab_size: -1", "novelty: 1"):
         assert key in str(error.value)
 
 

@@ -1,13 +1,14 @@
 """Families that add to Llama and Qwen3: right in every layout, as transformers in fp64 has them.
 
-Mixtures of experts under data, pipeline and expert parallelism, biases, and stretched rotary
-embeddings; otherwise as in `test_layouts`. Replicas generate different numbers of responses, since
-those of one expert-parallel group have to wait for each other.
+Mixtures of experts in every layout (experts whole or split, over the ranks of one replica or of
+several), biases, and stretched rotary embeddings; otherwise as in `test_layouts`. Replicas generate
+different numbers of responses, since those that share experts have to wait for each other.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from megatron_drpo.config import ParallelConfig
 from tests.distributed import run_distributed
 from tests.test_layouts import (
+    GREEDY_TOKENS,
     SHOWS_GRADIENTS,
     TEMPERATURE,
     end,
@@ -47,6 +49,9 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}
 
 
+_USUALLY_1 = ("pp", "vp", "cp", "ep")
+
+
 class Case(NamedTuple):
     """A family, how it differs from the tiny model of its name, and a layout."""
 
@@ -58,15 +63,18 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         s = self.sizes
-        sizes = (
-            s.tensor_model_parallel_size,
-            s.pipeline_model_parallel_size,
-            s.num_virtual_stages_per_pipeline_rank,
-            s.expert_model_parallel_size,
-        )
-        return (
-            f"{self.model}-{'-'.join(map(str, sizes))}{'' if self.distributed_optimizer else 'p'}"
-        )
+        sizes = {
+            "tp": s.tensor_model_parallel_size,
+            "sp": int(s.sequence_parallel),
+            "pp": s.pipeline_model_parallel_size,
+            "vp": s.num_virtual_stages_per_pipeline_rank,
+            "cp": s.context_parallel_size,
+            "ep": s.expert_model_parallel_size,
+            "etp": s.expert_tensor_parallel_size or 0,
+        }
+        said = {name: size for name, size in sizes.items() if size > (name in _USUALLY_1)}
+        layout = "".join(f"-{name}{size}" for name, size in said.items())
+        return f"{self.model}{layout}{'' if self.distributed_optimizer else '-p'}"
 
     @property
     def model(self) -> str:
@@ -74,8 +82,14 @@ class Case(NamedTuple):
         return "-".join([self.family, *self.config, *(["tied"] if self.tie else [])])
 
 
-def sizes(tp: int, pp: int = 1, vp: int = 1, ep: int = 1) -> ParallelConfig:
-    return ParallelConfig(tp, pp, vp, ep)
+def sizes(
+    tp: int, pp: int = 1, vp: int = 1, ep: int = 1, cp: int = 1, etp: int | None = None
+) -> ParallelConfig:
+    return ParallelConfig(tp, pp, vp, ep, context_parallel_size=cp, expert_tensor_parallel_size=etp)
+
+
+def with_sp(*numbers: int, **others: Any) -> ParallelConfig:
+    return replace(sizes(*numbers, **others), sequence_parallel=True)
 
 
 UNNORMALIZED = {"norm_topk_prob": False}
@@ -86,13 +100,20 @@ CASES = [
     Case("mixtral", sizes(1)),
     Case("mixtral", sizes(1, ep=4)),
     Case("mixtral", sizes(1, 2, 2, ep=2)),
-    Case("mixtral", sizes(1, ep=2), distributed_optimizer=False),
-    Case("qwen3_moe", sizes(1, 2, 2), UNNORMALIZED, tie=True),
     Case("qwen3_moe", sizes(1, 2, ep=2), UNNORMALIZED, tie=True),
+    Case("qwen3_moe", sizes(1, ep=2, etp=2), UNNORMALIZED, tie=True),
+    Case("mixtral", sizes(1, 2, etp=2), distributed_optimizer=False),
+    Case("mixtral", with_sp(2)),
+    Case("mixtral", with_sp(2, ep=2)),
+    Case("qwen3_moe", with_sp(2, ep=2, etp=1), UNNORMALIZED, tie=True),
+    Case("qwen3_moe", with_sp(2, 2, 2, ep=2, etp=1), UNNORMALIZED, tie=True),
+    Case("mixtral", with_sp(4, ep=2, etp=1), distributed_optimizer=False),
+    Case("qwen3_moe", sizes(1, ep=2, cp=2), UNNORMALIZED, tie=True),
+    Case("mixtral", with_sp(2, ep=4, cp=2, etp=1)),
 ]
-# Megatron trains experts under tensor parallelism only together with sequence parallelism, but
-# conversion computes their logits in any layout.
-SCORED_ONLY = [Case("mixtral", sizes(4)), Case("mixtral", sizes(2, ep=2))]
+# Megatron trains experts under tensor parallelism only together with sequence parallelism; they are
+# right without as well where nothing is trained.
+SCORED_ONLY = [Case("mixtral", sizes(2, ep=2))]
 
 
 def _save(directory: Path, case: Case) -> None:
@@ -102,9 +123,7 @@ def _save(directory: Path, case: Case) -> None:
 
 
 def _ranks(rank: int, world_size: int, root: Path) -> None:
-    from dataclasses import replace
-
-    from megatron_drpo.checkpoint.model_weights import export_hf
+    from megatron_drpo.mcore.weights import export
 
     for case in CASES + SCORED_ONLY:
         source = root / case.model
@@ -118,16 +137,17 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
         result: dict[str, Any] = {
             "layout": str(layout),
             "scores": [
-                [
-                    float(row.advantages[row.sequence == n][0]),
-                    s.logprobs[row.sequence == n].tolist(),
-                ]
+                [float(row.advantages[t]), int(row.positions[index]), float(s.logprobs[t])]
                 for row, s in zip(rows, policy.score(rows), strict=False)
-                for n in range(row.cu_seqlens.numel() - 1)
+                for t, index in enumerate(row.loss_index)
             ],
         }
-        drawn = sample(policy, temperature=TEMPERATURE, slots=4, count=COUNTS[layout.dp_rank])
+        count = COUNTS[layout.replica_rank]
+        drawn = sample(policy, temperature=TEMPERATURE, slots=4, count=count)
         result["drawn"] = [c.response_ids.tolist() for c in drawn]
+        if case.family in MOE:
+            greedy = sample(policy, temperature=0.0, slots=5, count=count)
+            result["greedy"] = [c.response_ids.tolist() for c in greedy]
         everything = layout.gather_objects(drawn)[0]
         fresh = policy.pack(fresh_trajectories(everything))
         gaps = [
@@ -140,16 +160,7 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
             [annotated] = policy.annotate([rows])
             result["loss"], _ = policy.forward_backward(annotated)
             result["grad_norm"] = policy.optim_step().grad_norm
-            export_hf(
-                root / str(case),
-                source,
-                policy.architecture,
-                policy.models,
-                tp_group=layout.tp_group,
-                pp_group=layout.pp_group,
-                ep_group=layout.ep_group,
-                dp_rank=layout.dp_rank,
-            )
+            export(root / str(case), source, policy.architecture, policy.models, layout)
         everyone = layout.gather_objects(result)
         if rank == 0:
             (root / f"{case}.json").write_text(json.dumps(everyone))
@@ -159,8 +170,10 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
 class Reference(NamedTuple):
     loss: float
     norm: float
-    scores: dict[float, list[float]]
-    """By the advantage, which tells the sequences apart."""
+    scores: dict[tuple[float, int], float]
+    """By the advantage, which tells the sequences apart, and the position before the token."""
+    greedy: list[list[int]]
+    """Responses to the first prompts."""
     weights: dict[str, torch.Tensor]
     """After the update, named as they are stored."""
 
@@ -171,14 +184,30 @@ def _reference(directory: Path, case: Case) -> Reference:
     # The default for experts multiplies in groups, which CPUs do not do in fp64.
     model.config._experts_implementation = "eager"
     loss, scores = reference_loss(model.eval())
+    greedy = [_greedy(model, each.rollout.prompt.token_ids) for each in trajectories()[: COUNTS[0]]]
     loss.backward()
     norm = update_reference(model, CLIP)
     assert norm > 1.5 * CLIP
     model.save_pretrained(directory / "updated")
     weights = load_file(directory / "updated" / "model.safetensors")
-    advantages = [round(trajectory.advantage, 5) for trajectory in trajectories()]
-    by_advantage = dict(zip(advantages, scores, strict=True))
-    return Reference(float(loss.detach()), norm, by_advantage, weights)
+    places = {
+        (round(each.advantage, 5), each.rollout.prompt.token_ids.numel() - 1 + t): score
+        for each, of_response in zip(trajectories(), scores, strict=True)
+        for t, score in enumerate(of_response)
+    }
+    return Reference(float(loss.detach()), norm, places, greedy, weights)
+
+
+def _greedy(model: Any, prompt: torch.Tensor) -> list[int]:
+    out = model.generate(
+        prompt[None],
+        attention_mask=torch.ones_like(prompt)[None],
+        max_new_tokens=GREEDY_TOKENS,
+        do_sample=False,
+        eos_token_id=[2, 9],
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -224,15 +253,17 @@ def test_loss_and_gradients_are_those_of_transformers(root, references, case: Ca
 def test_scores_are_those_of_transformers(root, references, case: Case) -> None:
     expected, seen = references[case.model].scores, set()
     for rank in _result(root, case):
-        for advantage, scores in rank["scores"]:
-            seen.add(round(advantage, 5))
-            assert scores == pytest.approx(expected[round(advantage, 5)], abs=1e-5)
+        for advantage, place, score in rank["scores"]:
+            seen.add((round(advantage, 5), place))
+            assert score == pytest.approx(expected[round(advantage, 5), place], abs=1e-5)
     assert seen == expected.keys()
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES + SCORED_ONLY, ids=str)
-def test_replicas_that_generate_unevenly_all_get_their_responses(root, case: Case) -> None:
+def test_replicas_that_generate_unevenly_all_get_their_responses(
+    root, references, case: Case
+) -> None:
     first = next(other for other in CASES if other.model == case.model)
     everything = _result(root, first)[0]["drawn"]
     assert len(everything) == COUNTS[0]
@@ -242,6 +273,8 @@ def test_replicas_that_generate_unevenly_all_get_their_responses(root, case: Cas
     lengths = []
     for rank in _result(root, case):
         assert rank["drawn"] == everything[: len(rank["drawn"])]
+        if case.family in MOE:
+            assert rank["greedy"] == references[case.model].greedy[: len(rank["drawn"])]
         lengths.append(len(rank["drawn"]))
         assert rank["gap"] <= 1e-5  # the trainer's log-probs of a fresh batch
     replicas = WORLD // ranks_per_replica
@@ -251,5 +284,8 @@ def test_replicas_that_generate_unevenly_all_get_their_responses(root, case: Cas
 @pytest.mark.distributed
 def test_a_layout_tells_of_its_experts_where_they_are_shared_out(root) -> None:
     told = {str(case): _result(root, case)[0]["layout"] for case in CASES}
-    assert told["mixtral-1-2-2-2"] == "4 rank(s): TP 1, PP 2 x 2 chunks, DP 2, EP 2"
-    assert told["mixtral-1-1-1-1"] == "4 rank(s): TP 1, PP 1, DP 4"
+    assert told["mixtral-tp1-pp2-vp2-ep2"] == "4 rank(s): TP 1, PP 2 x 2 chunks, DP 2, EP 2"
+    assert told["mixtral-tp2-sp1-cp2-ep4-etp1"] == (
+        "4 rank(s): TP 2 with SP, PP 1, CP 2, DP 1, EP 4, expert TP 1"
+    )
+    assert told["mixtral-tp1"] == "4 rank(s): TP 1, PP 1, DP 4"

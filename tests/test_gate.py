@@ -14,6 +14,7 @@ from megatron_drpo.config import (
     Config,
     DataConfig,
     ModelConfig,
+    PrecisionConfig,
     RolloutConfig,
     WeightSyncConfig,
 )
@@ -87,6 +88,8 @@ def test_the_bound_depends_on_what_was_proven() -> None:
     bf16 = replace(config(), model=ModelConfig("m", bf16=True))
     assert bound(bf16, exact=False).nats == 0.1
     assert bound(bf16, exact=True).nats == 0
+    fp8 = replace(bf16, precision=PrecisionConfig(fp8_format="hybrid"))
+    assert bound(fp8, exact=False) == (0.2, "for FP8")
     served = {"rollout_engine": "vllm", "rollout_servers": ("http://h:1",)}
     assert bound(config(**served), exact=False).nats == 0.2
     assert bound(config(max_engine_gap=0.3), exact=True).nats == 0.3

@@ -243,6 +243,26 @@ def test_too_little_memory_for_the_cache_is_refused(policy) -> None:
     generate(policy, requests(100), sampling(30), cache_bytes=least)
 
 
+def test_passes_can_be_multiples_of_what_a_layout_needs(policy, monkeypatch) -> None:
+    from megatron_drpo.rollout import inprocess
+    from megatron_drpo.rollout.memory import kv_cache_bytes
+
+    size = {"tp_size": 1, "pp_size": 1, "element_bytes": 4, "length": 190}
+    room = kv_cache_bytes(policy.architecture, slots=11, **size)
+    law = sampling(30)
+    without = generate(policy, UNEVEN[:-2], law, cache_bytes=room)
+    monkeypatch.setattr(inprocess, "rows_multiple", lambda config: 6)
+    with Passes() as passes:
+        done = generate(policy, UNEVEN[:-2], law, cache_bytes=room)
+    assert max(passes.decode) == 6 and not any(n % 6 for n in passes.decode + passes.prefill)
+    assert passes.cache_bytes <= room
+    assert same(done, without)
+    least = kv_cache_bytes(policy.architecture, slots=6, **size)
+    with pytest.raises(RolloutError, match=r"--rollout-kv-cache-gib .*6 responses of 192 tokens"):
+        generate(policy, requests(150), law, cache_bytes=least - 1)
+    generate(policy, requests(150), law, cache_bytes=least)
+
+
 def test_each_request_has_its_own_limit(policy) -> None:
     asked = requests(4, 4, 4)
     limits = [3, None, 40]

@@ -132,6 +132,17 @@ def test_a_hugging_face_directory(qwen: Path) -> None:
     assert f"{len(stored)} x {numbers:,} numbers" in found["total"][0]
 
 
+def test_what_is_special_in_an_architecture_is_told(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "m", "mistral", sliding_window=12)
+    assert facts(describe(tmp_path / "m"))["architecture"].endswith("window 12 in 4 layers")
+    biases = {"attention_bias": True, "mlp_bias": True}
+    yarn = {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0}
+    save_tiny(tmp_path / "l", "llama", rope_parameters=yarn, **biases)
+    line = facts(describe(tmp_path / "l"))["architecture"]
+    assert line.endswith("biases") and "RoPE base 5000 scaled by 4 (yarn)" in line
+    assert facts(describe(tmp_path / "l"))["complete"].startswith("yes")
+
+
 def test_both_results_of_a_conversion(qwen: Path, tmp_path: Path) -> None:
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     hf_to_megatron(qwen, megatron)

@@ -238,8 +238,8 @@ def reference_loss(model: Any) -> Tensor:
 
 
 def _ranks(rank: int, world_size: int, root: Path) -> None:
-    from megatron_drpo.checkpoint.model_weights import export_hf
     from megatron_drpo.mcore.policy import Policy
+    from megatron_drpo.mcore.weights import export
     from megatron_drpo.rollout.engine import Request, Sampling
     from megatron_drpo.rollout.inprocess import InProcessEngine
 
@@ -290,15 +290,7 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
         rows = policy.pack(truncated_trajectories())
         result["loss"], _ = policy.forward_backward(*policy.annotate([rows]))
         result["grad_norm"] = policy.optim_step().grad_norm
-        export_hf(
-            root / f"{tp}-{pp}",
-            source,
-            policy.architecture,
-            policy.models,
-            tp_group=layout.tp_group,
-            pp_group=layout.pp_group,
-            dp_rank=layout.dp_rank,
-        )
+        export(root / f"{tp}-{pp}", source, policy.architecture, policy.models, layout)
         everyone = layout.gather_objects(result)
         if rank == 0:
             (root / f"{tp}-{pp}.json").write_text(json.dumps(everyone))

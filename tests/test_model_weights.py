@@ -20,13 +20,12 @@ from transformers import AutoModelForCausalLM
 from megatron_drpo.checkpoint.families import FAMILIES, Architecture, family_of, read_architecture
 from megatron_drpo.checkpoint.hf import HfWeights, verify_checkpoint
 from megatron_drpo.checkpoint.manifest import check_manifest, describe_architecture, read_manifest
-from megatron_drpo.checkpoint.model_weights import export_hf, load_weights
+from megatron_drpo.checkpoint.model_weights import Places, export_hf, load_weights
 from megatron_drpo.errors import CheckpointError
 from tests.plain_chunks import plain_chunk
 from tests.tiny_models import VOCAB, reference_shard, save_tiny, tiny_model
 
 CASES = [(family.name, tie) for family in FAMILIES for tie in (False, True)]
-ONE_RANK = {"tp_group": None, "pp_group": None, "dp_rank": 0}
 
 
 # --- A real Megatron model on one rank ----------------------------------------------------------
@@ -55,7 +54,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., li
 
 def load_directory(directory: Path, architecture: Architecture, chunks: list[Any]) -> None:
     with HfWeights(directory, architecture) as weights:
-        load_weights(weights, architecture, chunks, tp_rank=0, tp_size=1)
+        load_weights(weights, architecture, chunks, Places())
 
 
 def megatron_logits(chunk: Any, tokens: Tensor) -> Tensor:
@@ -96,7 +95,7 @@ def test_load_and_export_is_bit_exact(
     architecture = read_architecture(source)
     chunks = build(architecture, bf16=dtype == torch.bfloat16)
     load_directory(source, architecture, chunks)
-    export_hf(out, source, architecture, chunks, **ONE_RANK)
+    export_hf(out, source, architecture, chunks, Places())
 
     before, after = (load_file(path / "model.safetensors") for path in (source, out))
     assert before.keys() == after.keys()
@@ -125,7 +124,7 @@ def test_the_manifest_of_an_export_says_what_it_holds_and_whence(
     architecture = read_architecture(source)
     chunks = build(architecture, bf16=True)
     load_directory(source, architecture, chunks)
-    export_hf(out, source, architecture, chunks, **ONE_RANK, run="runs/sums, step 40")
+    export_hf(out, source, architecture, chunks, Places(), run="runs/sums, step 40")
     manifest = read_manifest(out)
     assert manifest is not None and manifest.kind == "hf" and manifest.verified is None
     assert (manifest.source.kind, manifest.source.path) == ("training run", "runs/sums, step 40")
@@ -156,7 +155,7 @@ def test_export_has_the_dtype_of_the_parameters(
     architecture = read_architecture(source)
     chunks = build(architecture, bf16=True)
     load_directory(source, architecture, chunks)
-    export_hf(out, source, architecture, chunks, **ONE_RANK)
+    export_hf(out, source, architecture, chunks, Places())
     after = load_file(out / "model.safetensors")
     assert all(torch.equal(after[name], value.bfloat16()) for name, value in hf.items())
     assert json.loads((out / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
@@ -180,7 +179,7 @@ def test_a_tied_weight_is_found_under_either_name(
     chunks = build(architecture)
     load_directory(source, architecture, chunks)
     assert torch.equal(chunks[0].embedding.word_embeddings.weight[:VOCAB], weight)
-    export_hf(out, source, architecture, chunks, **ONE_RANK)
+    export_hf(out, source, architecture, chunks, Places())
     exported = load_file(out / "model.safetensors")
     assert "lm_head.weight" not in exported
     assert torch.equal(exported["model.embed_tokens.weight"], weight)
@@ -273,9 +272,7 @@ def test_grouped_experts_are_numbered_from_the_rank_s_first(tmp_path: Path, ep_r
         pre_process=False,
     )
     with HfWeights(tmp_path, architecture) as weights:
-        load_weights(
-            weights, architecture, [chunk], tp_rank=0, tp_size=1, ep_rank=ep_rank, ep_size=2
-        )
+        load_weights(weights, architecture, [chunk], Places(ep_rank=ep_rank, ep_size=2))
     for name, parameter in chunk.named_parameters():
         assert torch.equal(parameter, expected[name]), name
 
@@ -308,7 +305,7 @@ def test_stages_that_leave_out_a_layer_are_not_exported(
     chunks = build(dataclasses.replace(architecture, num_layers=3))
     load_directory(source, architecture, chunks)  # as if layer 3 were elsewhere
     with pytest.raises(CheckpointError, match=r"model.layers.3.\S* \[\d+.*\] is missing"):
-        export_hf(out, source, architecture, chunks, **ONE_RANK)
+        export_hf(out, source, architecture, chunks, Places())
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -334,11 +331,11 @@ def test_export_replaces_a_checkpoint_and_nothing_else(
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match="out: exists and is no checkpoint"):
-        export_hf(out, source, architecture, chunks, **ONE_RANK)
+        export_hf(out, source, architecture, chunks, Places())
     assert (out / "thesis.tex").read_text() == "years of work"
     for path in (source, tmp_path):
         with pytest.raises(CheckpointError, match="holds the checkpoint the run started from"):
-            export_hf(path, source, architecture, chunks, **ONE_RANK)
+            export_hf(path, source, architecture, chunks, Places())
     verify_checkpoint(source, architecture)
 
     (out / "thesis.tex").unlink()
@@ -347,17 +344,7 @@ def test_export_replaces_a_checkpoint_and_nothing_else(
     for value in (1.0, 2.0):
         with torch.no_grad():
             chunks[0].decoder.final_layernorm.weight.fill_(value)
-        export_hf(out, source, architecture, chunks, **ONE_RANK)
+        export_hf(out, source, architecture, chunks, Places())
         norm = load_file(out / "model.safetensors")["model.norm.weight"]
         assert torch.equal(norm, torch.full_like(norm, value))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
-
-
-def test_other_data_parallel_replicas_write_nothing(
-    tmp_path: Path, build: Callable[..., list[Any]]
-) -> None:
-    save_tiny(tmp_path / "in", "llama")
-    architecture = read_architecture(tmp_path / "in")
-    out = tmp_path / "out"
-    export_hf(out, tmp_path / "in", architecture, build(architecture), **ONE_RANK | {"dp_rank": 1})
-    assert not out.exists()

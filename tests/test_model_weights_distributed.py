@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,26 +15,58 @@ from torch import Tensor
 from megatron_drpo.checkpoint.families import read_architecture
 from megatron_drpo.checkpoint.hf import HfWeights, SafetensorsFile, file_names
 from megatron_drpo.checkpoint.manifest import check_manifest, read_manifest
-from megatron_drpo.checkpoint.model_weights import export_hf, load_weights
+from megatron_drpo.checkpoint.model_weights import FullTensors, export_hf, load_weights
 from megatron_drpo.errors import CheckpointError
-from tests.distributed import run_distributed
+from tests.distributed import renew_world, run_distributed
 from tests.tiny_models import EXPERTS, LAYERS, MOE, reference_shard, save_tiny, tiny_model
 
 WORLD = 4
-# tp, pp, chunks per stage, ep; data parallelism takes the rest
-Sizes = tuple[int, int, int, int]
-DENSE: list[Sizes] = [
-    (4, 1, 1, 1),
-    (2, 1, 1, 1),
-    (1, 2, 1, 1),
-    (1, 4, 1, 1),
-    (2, 2, 1, 1),
-    (1, 2, 2, 1),
-    (2, 2, 2, 1),
+
+
+class Sizes(NamedTuple):
+    """Of a layout; data parallelism takes the rest."""
+
+    tp: int
+    pp: int = 1
+    vp: int = 1
+    ep: int = 1
+    cp: int = 1
+    etp: int | None = None
+    """None: as `tp`."""
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+DENSE = [
+    Sizes(4),
+    Sizes(2),
+    Sizes(2, cp=2),
+    Sizes(1, 2),
+    Sizes(1, 4),
+    Sizes(2, 2),
+    Sizes(1, 2, 2),
+    Sizes(2, 2, 2),
 ]
-EXPERT: list[Sizes] = [(1, 1, 1, 4), (1, 1, 1, 2), (2, 1, 1, 2), (1, 2, 1, 2), (1, 2, 2, 2)]
-BF16 = {(2, 2, 1, 1), (1, 2, 1, 2)}
-SMALL_FILES = {(1, 2, 2, 1), (2, 1, 1, 2)}
+EXPERT = [
+    Sizes(1, ep=4),
+    Sizes(1, ep=2),
+    Sizes(2, ep=2),
+    Sizes(1, 2, ep=2),
+    Sizes(1, 2, 2, ep=2),
+    Sizes(2, ep=2, etp=1),
+    Sizes(4, ep=2, etp=1),  # all experts on the first half of those that share the rest
+    Sizes(1, ep=2, etp=2),
+    Sizes(1, ep=2, cp=2),
+    Sizes(2, ep=4, cp=2, etp=1),
+    Sizes(1, 2, etp=2),
+    Sizes(2, 2, ep=2, etp=1),
+]
+BF16 = {Sizes(2, 2), Sizes(1, 2, ep=2)}
+SMALL_FILES = {Sizes(1, 2, 2), Sizes(2, ep=2)}
+STREAMED = {Sizes(2, ep=2, etp=1), Sizes(1, ep=2, etp=2), Sizes(2, 2, ep=2, etp=1)}
+# The rank that fails to write: the first of the last stage, and of the last experts.
+FAILING = {Sizes(2, 2): 2, Sizes(2, ep=2, etp=1): 1}
 MAX_BYTES = 30_000
 MODELS = [
     ("llama", True),
@@ -51,7 +83,7 @@ def _layouts(family: str) -> list[Sizes]:
 
 
 def _out(root: Path, family: str, sizes: Sizes) -> Path:
-    return root / f"{family}-out-{'-'.join(map(str, sizes))}"
+    return root / f"{family}-out-{sizes}"
 
 
 def _ranks(rank: int, world_size: int, root: Path) -> None:
@@ -67,7 +99,18 @@ def _start(rank: int, sizes: Sizes) -> tuple[Any, Any]:
     from megatron_drpo.mcore import parallel
 
     device = Device("cpu", "gloo", rank, "test")
-    return parallel.initialize(ParallelConfig(*sizes), device, seed=1), device
+    config = ParallelConfig(
+        *sizes[:4], context_parallel_size=sizes.cp, expert_tensor_parallel_size=sizes.etp
+    )
+    return parallel.initialize(config, device, seed=1), device
+
+
+def end(layout: Any, directory: Path) -> None:
+    """End what `_start` started; collective."""
+    from megatron_drpo.mcore import parallel
+
+    parallel.destroy(layout)
+    renew_world(directory)
 
 
 def _build(architecture: Any, layout: Any, device: Any, *, bf16: bool = False) -> list[Any]:
@@ -78,21 +121,14 @@ def _build(architecture: Any, layout: Any, device: Any, *, bf16: bool = False) -
     return model.build_model(architecture, config, layout, device)
 
 
-def _groups(layout: Any) -> dict[str, Any]:
-    return {
-        "tp_group": layout.tp_group,
-        "pp_group": layout.pp_group,
-        "ep_group": layout.ep_group,
-        "dp_rank": layout.dp_rank,
-    }
-
-
 def _convert(rank: int, root: Path, sizes: Sizes) -> None:
     """For every family: load, compare each parameter with the written-out reference, export."""
-    from megatron_drpo.mcore import parallel
+    from megatron_drpo.mcore.weights import places_of
 
     layout, device = _start(rank, sizes)
-    assert (layout.tp_size, layout.pp_size, layout.vp_size, layout.ep_size) == sizes
+    assert (layout.tp_size, layout.pp_size, layout.vp_size, layout.ep_size) == sizes[:4]
+    assert (layout.cp_size, layout.etp_size) == (sizes.cp, sizes.etp or sizes.tp)
+    places = places_of(layout)
     for family, tie in MODELS:
         if sizes not in _layouts(family):
             continue
@@ -105,15 +141,7 @@ def _convert(rank: int, root: Path, sizes: Sizes) -> None:
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
             torch.nn.init.constant_(parameter, float("nan"))
         with HfWeights(source, architecture) as weights:
-            load_weights(
-                weights,
-                architecture,
-                chunks,
-                tp_rank=layout.tp_rank,
-                tp_size=layout.tp_size,
-                ep_rank=layout.ep_rank,
-                ep_size=layout.ep_size,
-            )
+            load_weights(weights, architecture, chunks, places)
         seen = [name for chunk in enumerate(chunks) for name in _check(hf, layout, *chunk)]
         layers = {int(name.split(".")[2]) for name in seen if "layers" in name}
         assert len(layers) == LAYERS // layout.pp_size and len(seen) == len(set(seen))
@@ -122,8 +150,23 @@ def _convert(rank: int, root: Path, sizes: Sizes) -> None:
 
         small = {"max_shard_bytes": MAX_BYTES} if sizes in SMALL_FILES else {}
         out = _out(root, family, sizes)
-        export_hf(out, source, architecture, chunks, **_groups(layout), **small)
-    parallel.destroy(layout)
+        export_hf(out, source, architecture, chunks, places, **small)
+        if sizes in STREAMED:
+            _stream(hf, FullTensors(architecture, chunks, places))
+    end(layout, root)
+
+
+def _stream(hf: dict[str, Tensor], tensors: FullTensors) -> None:
+    """Rank 0 gets every tensor, the experts of all ranks among them, and the others get none."""
+    found = {name: value.clone() for name, value in tensors.stream()}
+    assert found.keys() <= hf.keys()
+    assert [*found] == [*tensors.described][: len(found)]
+    assert all(torch.equal(value, hf[name]) for name, value in found.items())
+    if dist.get_rank() == 0:
+        assert found.keys() == tensors.described.keys()
+        assert hf.keys() - found.keys() <= {"lm_head.weight"}  # a tied weight goes out once
+    else:
+        assert not found
 
 
 def _check(hf: dict[str, Tensor], layout: Any, number: int, chunk: Any) -> list[str]:
@@ -138,7 +181,10 @@ def _check(hf: dict[str, Tensor], layout: Any, number: int, chunk: Any) -> list[
         if "local_experts" in parts:
             parts[6] = str(layout.ep_rank * EXPERTS // layout.ep_size + int(parts[6]))
         name = ".".join(parts)
-        expected = reference_shard(hf, name, layout.tp_rank, layout.tp_size, len(parameter))
+        place = (layout.tp_rank, layout.tp_size)
+        if "local_experts" in parts:
+            place = (layout.etp_rank, layout.etp_size)
+        expected = reference_shard(hf, name, *place, len(parameter))
         assert torch.equal(parameter, expected.to(parameter.dtype)), name
         names.append(name)
     return names
@@ -168,7 +214,7 @@ def test_every_layout_exports_the_numbers_that_it_loaded(
         dtype = torch.bfloat16 if sizes in BF16 else torch.float32
         files = sorted(path.name for path in out.glob("*.safetensors"))
         assert files == file_names(len(files))
-        writers = sizes[1] * sizes[3]
+        writers = sizes.pp * sizes.ep
         assert len(files) > writers if sizes in SMALL_FILES else len(files) == writers
         index = out / "model.safetensors.index.json"
         assert index.exists() == (len(files) > 1)
@@ -197,7 +243,7 @@ def test_every_layout_exports_the_numbers_that_it_loaded(
 def test_transformers_loads_what_many_ranks_wrote(root: Path, family: str, tie: bool) -> None:
     from transformers import AutoModelForCausalLM
 
-    sizes = (2, 1, 1, 2) if family in MOE else (1, 2, 2, 1)
+    sizes = Sizes(2, ep=2, etp=1) if family in MOE else Sizes(1, 2, 2)
     found = AutoModelForCausalLM.from_pretrained(_out(root, family, sizes)).state_dict()
     expected = tiny_model(family, tie=tie).state_dict()
     assert found.keys() == expected.keys()
@@ -206,16 +252,17 @@ def test_transformers_loads_what_many_ranks_wrote(root: Path, family: str, tie: 
 
 def _fail(rank: int, root: Path) -> None:
     """One rank cannot write: all of them must say so, and none may wait."""
-    for sizes in ((2, 2, 1, 1), (2, 1, 1, 2)):
+    from megatron_drpo.mcore.weights import places_of
+
+    for sizes, fails in FAILING.items():
         layout, device = _start(rank, sizes)
         architecture = read_architecture(root / "in")
         chunks = _build(architecture, layout, device)
 
         def attempt(out: Path, layout: Any = layout, chunks: Any = chunks) -> str:
-            # The last rank is that of the last stage, or of the last experts, and must write.
             source = read_architecture(root / "in")
             try:
-                export_hf(out, root / "in", source, chunks, **_groups(layout))
+                export_hf(out, root / "in", source, chunks, places_of(layout))
             except CheckpointError as error:
                 return str(error)
             return "exported"
@@ -223,7 +270,7 @@ def _fail(rank: int, root: Path) -> None:
         occupied = attempt(root / "occupied")
         assert "occupied: exists and is no checkpoint" in occupied, occupied
         with pytest.MonkeyPatch.context() as patch:
-            if rank == WORLD // 2:  # a first tensor-parallel rank, of the last stage or experts
+            if rank == fails:
                 patch.setattr(SafetensorsFile, "write", _disk_full_after(3))
             message = attempt(root / "out")
         assert "No space left on device" in message, message
@@ -233,10 +280,8 @@ def _fail(rank: int, root: Path) -> None:
         assert attempt(root / "out") == "exported"
         dist.barrier()
         if rank == 0:
-            (root / "out").rename(root.parent / f"recovered-{'-'.join(map(str, sizes))}")
-        from megatron_drpo.mcore import parallel
-
-        parallel.destroy(layout)
+            (root / "out").rename(root.parent / f"recovered-{sizes}")
+        end(layout, root.parent)
 
 
 def _disk_full_after(count: int) -> Any:
@@ -255,5 +300,5 @@ def _disk_full_after(count: int) -> Any:
 def test_a_rank_that_cannot_write_ends_the_export_everywhere(root: Path) -> None:
     """Asserted on the ranks, by `_fail`; here, that the next export went well."""
     assert (root / "failing" / "occupied" / "notes.txt").read_text() == "keep"
-    for sizes in ("2-2-1-1", "2-1-1-2"):
+    for sizes in FAILING:
         assert (root / f"recovered-{sizes}" / "model-00002-of-00002.safetensors").exists()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_drpo.checkpoint.families import Architecture
 from megatron_drpo.checkpoint.hf import HfWeights
-from megatron_drpo.checkpoint.model_weights import export_hf, load_weights
+from megatron_drpo.checkpoint.model_weights import Places, export_hf, load_weights
 from tests.plain_chunks import plain_chunk
 
 LAYERS, HIDDEN, FFN, VOCAB = 16, 512, 2048, 1024
@@ -72,14 +72,12 @@ def _measure(root: Path, results: Any) -> None:
         root / "in",
         ARCHITECTURE,
         chunks,
-        tp_group=None,
-        pp_group=None,
-        dp_rank=0,
+        Places(),
         max_shard_bytes=64 * MIB,
     )
     exported = _peak()
     with HfWeights(root / "out", ARCHITECTURE) as weights:
-        load_weights(weights, ARCHITECTURE, chunks, tp_rank=0, tp_size=1)
+        load_weights(weights, ARCHITECTURE, chunks, Places())
     results.put((exported - before, _peak() - exported))
 
 

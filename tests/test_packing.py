@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_drpo.config import Aggregation
 from megatron_drpo.errors import ConfigError
-from megatron_drpo.packing import pack, split_updates
+from megatron_drpo.packing import AttentionCost, pack, packing_statistics, split_updates
 from megatron_drpo.types import Prompt, Rollout, Row, Trajectory
 
-AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+AGGREGATIONS: list[Aggregation] = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 HORIZON = 7
 
 
@@ -151,9 +153,20 @@ def test_the_example_of_the_row_docstring():
     st.integers(1, 4),
     st.integers(1, 3),
     st.sampled_from([1, 8, 16]),
+    st.sampled_from([1, 2, 8]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.1]),
 )
-def test_every_token_once_in_rows_of_one_shape(
-    batch, aggregation, max_tokens, replicas, rows_multiple, pad_multiple
+def test_every_token_once_in_rows_that_keep_the_budget(
+    batch,
+    aggregation,
+    max_tokens,
+    replicas,
+    rows_multiple,
+    pad_multiple,
+    sequence_multiple,
+    one_length,
+    attention,
 ):
     packed = pack(
         batch,
@@ -163,6 +176,9 @@ def test_every_token_once_in_rows_of_one_shape(
         aggregation=aggregation,
         horizon=HORIZON,
         pad_multiple=pad_multiple,
+        sequence_multiple=sequence_multiple,
+        one_length=one_length,
+        attention=AttentionCost(attention),
     )
     rows = [row for replica in packed for row in replica]
     assert len(packed) == replicas
@@ -174,17 +190,26 @@ def test_every_token_once_in_rows_of_one_shape(
     oracle = tokens if aggregation == "token-mean" else len(batch)
     assert sum(row.num_items for row in rows) == oracle
 
-    (size,) = {row.tokens.numel() for row in rows}
-    longest = max(int(row.cu_seqlens[-1]) for row in rows)
-    assert longest <= max_tokens
-    assert size == math.ceil(longest / pad_multiple) * pad_multiple
+    used = [int(row.cu_seqlens[-1]) for row in rows]
+    assert max(used) <= max_tokens
+    wanted = [max(used)] * len(rows) if one_length else [max(n, 1) for n in used]
+    padded = [math.ceil(n / pad_multiple) * pad_multiple for n in wanted]
+    assert [row.tokens.numel() for row in rows] == padded
+    by_name = {f"sample {t.rollout.sample} of prompt {t.rollout.prompt.id}": t for t in batch}
     for row in rows:
         bounds = row.cu_seqlens.tolist()
-        positions = [i for a, b in zip(bounds, bounds[1:], strict=False) for i in range(b - a)]
-        padding = size - bounds[-1]
-        assert bounds[0] == 0
-        assert row.positions.tolist() == positions + [0] * padding
-        assert row.tokens[bounds[-1] :].tolist() == [0] * padding
+        assert bounds[0] == 0 and len(bounds) == len(row.names) + 1
+        ids, positions = [], []
+        for name, start, end in zip(row.names, bounds, bounds[1:], strict=False):
+            rollout = by_name[name].rollout
+            sequence = [*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]
+            place = math.ceil(len(sequence) / sequence_multiple) * sequence_multiple
+            assert end - start == place
+            ids += sequence + [0] * (place - len(sequence))
+            positions += range(place)
+        padding = [0] * (row.tokens.numel() - bounds[-1])
+        assert row.tokens.tolist() == ids + padding
+        assert row.positions.tolist() == positions + padding
         assert row.loss_index.tolist() == sorted(set(row.loss_index.tolist()))
         dtypes = [row.tokens, row.positions, row.loss_index, row.targets, row.sequence]
         assert {tensor.dtype for tensor in dtypes} == {torch.int64}
@@ -233,17 +258,136 @@ def test_the_loss_does_not_depend_on_budget_or_replicas(batch, aggregation, max_
     assert loss(max_tokens, replicas) == pytest.approx(oracle, rel=1e-6, abs=1e-9)
 
 
+def of_lengths(lengths: list[int]) -> list[Trajectory]:
+    return [trajectory(i, [1], [2] * (n - 1)) for i, n in enumerate(lengths)]
+
+
 def test_rows_are_few_and_even():
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(20, 250, (512,), generator=generator).tolist()
-    batch = [trajectory(i, [1] * 20, [2] * n) for i, n in enumerate(lengths)]
+    lengths = torch.randint(40, 270, (512,), generator=generator).tolist()
+    batch = of_lengths(lengths)
     packed = pack(batch, max_tokens=4096, num_replicas=4, aggregation="token-mean", horizon=1)
     rows = [row for replica in packed for row in replica]
-    total = sum(lengths) + 20 * len(lengths)
-    assert len(rows) <= math.ceil(total / 4096 / 4) * 4
-    assert rows[0].tokens.numel() * len(rows) < 1.02 * total
+    assert len(rows) <= math.ceil(sum(lengths) / 4096 / 4) * 4
+    assert rows[0].tokens.numel() * len(rows) < 1.02 * sum(lengths)
     loads = [sum(int(row.cu_seqlens[-1]) for row in replica) for replica in packed]
     assert max(loads) < 1.02 * min(loads)
+
+
+def lognormal(seed: int, longest: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.exp(5.5 + 0.8 * torch.randn(512, generator=generator))
+    return lengths.clamp(2, longest).long().tolist()
+
+
+@pytest.mark.parametrize("max_tokens", [2048, 4096, 8192, 16384])
+def test_rows_of_lognormal_lengths_are_full_and_replicas_even(max_tokens):
+    lengths = lognormal(0, max_tokens)
+    batch, total, attention = of_lengths(lengths), sum(lengths), AttentionCost(full=1e-4)
+    for replicas in (1, 2, 4, 8):
+        for one_length in (False, True):
+            packed = pack(
+                batch,
+                max_tokens=max_tokens,
+                num_replicas=replicas,
+                aggregation="token-mean",
+                horizon=1,
+                one_length=one_length,
+                attention=attention,
+            )
+            found = packing_statistics([packed], num_tokens=total, attention=attention)
+            if one_length:
+                # No packing can beat this: every row is at least as long as the longest sequence,
+                # and the number of rows is a multiple of the replicas.
+                least = math.ceil(total / (max_tokens * replicas))
+                counts = [rows * replicas for rows in range(least, least + 20)]
+                best = max(total / (max(max(lengths), total / n) * n) for n in counts)
+                assert found["packing/efficiency"] >= min(0.95, 0.99 * best)
+                assert found["packing/imbalance"] < 1.1
+            else:
+                assert found["packing/efficiency"] > 0.99
+                assert found["packing/imbalance"] < 1.01
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(2, 60), min_size=1, max_size=40),
+    st.integers(60, 200),
+    st.integers(1, 5),
+    st.sampled_from([0.0, 0.01, 1.0]),
+)
+def test_the_dearest_replica_has_at_most_the_mean_and_one_sequence(
+    lengths, max_tokens, replicas, attention
+):
+    """Of greedy assignment (Graham 1969), which is one of the two ways; the other is no worse."""
+    packed = pack(
+        of_lengths(lengths),
+        max_tokens=max_tokens,
+        num_replicas=replicas,
+        aggregation="token-mean",
+        horizon=1,
+        pad_multiple=1,
+        one_length=False,
+        attention=AttentionCost(attention),
+    )
+    costs = [
+        sum(n + attention * n * n for row in replica for n in row.cu_seqlens.diff().tolist())
+        for replica in packed
+    ]
+    items = [n + attention * n * n for n in lengths]
+    bound = sum(items) / replicas + (1 - 1 / replicas) * max(items)
+    # An empty row, of which there is at most one for each that is not, is a token of padding.
+    assert max(costs) <= bound + len(lengths) + 1e-6
+
+
+def test_long_sequences_are_shared_out_by_what_attention_costs_them():
+    # By tokens alone, [40, 40] and [10] * 8 are even; by the squares 3200 against 800.
+    batch = of_lengths([40, 40] + [10] * 8)
+
+    def longs(attention: AttentionCost) -> list[int]:
+        packed = pack(
+            batch,
+            max_tokens=80,
+            num_replicas=2,
+            aggregation="token-mean",
+            horizon=1,
+            attention=attention,
+        )
+        return [
+            sum(int((row.cu_seqlens.diff() == 40).sum()) for row in replica) for replica in packed
+        ]
+
+    assert longs(AttentionCost(full=0.1)) == [1, 1]
+    # Whatever the rest costs, a window as short as the short sequences makes the long ones linear:
+    # 10 tokens cost 100, 40 cost 40^2 - 30^2 = 700 or 1.75 times as much a token.
+    assert AttentionCost(sliding=1.0, window=10)(40) == 700
+    assert AttentionCost(full=2.0, sliding=1.0, window=50)(40) == 3 * 1600
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention_costs_as_many_pairs_as_it_sees(window):
+    cost = AttentionCost(full=1.0) if window is None else AttentionCost(sliding=1.0, window=window)
+    for length in (50, 400):
+        pairs = sum(min(i + 1, window or length) for i in range(length))
+        assert cost(length) == pytest.approx(2 * pairs, rel=1 / 50)
+
+
+def test_statistics_are_of_all_replicas_and_updates():
+    def packed(lengths: list[int], **options) -> list[list[Row]]:
+        batch = of_lengths(lengths)
+        return pack(batch, num_replicas=2, aggregation="token-mean", horizon=1, **options)
+
+    # Rows of 16 tokens each: [16] and [4] in the first update, [12] and [] in the second.
+    updates = [packed([16, 4], max_tokens=16), packed([12], max_tokens=16)]
+    found = packing_statistics(updates, num_tokens=32, attention=AttentionCost(0.25))
+    assert found["packing/efficiency"] == 32 / 64
+    costs = [(16 + 64, 16 + 4), (16 + 36, 16)]
+    mean = sum(sum(pair) / 2 for pair in costs)
+    assert found["packing/imbalance"] == pytest.approx(sum(map(max, costs)) / mean)
+    # What pads a sequence is no token of it, but it is computed.
+    padded = [packed([13, 13], max_tokens=16, sequence_multiple=8)]
+    found = packing_statistics(padded, num_tokens=26, attention=AttentionCost(0.25))
+    assert found == {"packing/efficiency": 26 / 32, "packing/imbalance": 1.0}
 
 
 def test_a_replica_without_sequences_gets_an_empty_row():
@@ -278,6 +422,11 @@ def test_a_sequence_beyond_the_budget_is_refused():
     with pytest.raises(ConfigError, match=r"--max-tokens-per-microbatch 16: .*p1 has 17 tokens"):
         pack(batch, max_tokens=16, num_replicas=1, aggregation="token-mean", horizon=1)
     pack(batch, max_tokens=17, num_replicas=1, aggregation="token-mean", horizon=1)
+    padded = partial(pack, num_replicas=1, aggregation="token-mean", horizon=1, sequence_multiple=4)
+    message = r"17: .*p1 has 17 tokens, .*, padded to 20 for context parallelism; use at least 20"
+    with pytest.raises(ConfigError, match=message):
+        padded(batch, max_tokens=17)
+    padded(batch, max_tokens=20)
 
 
 @pytest.mark.parametrize("seed", [0, (3, 4)])

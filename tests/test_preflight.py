@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_drpo import cli
+from megatron_drpo import cli, hardware
 from megatron_drpo.arguments import parse
 from megatron_drpo.checkpoint.convert import hf_to_megatron
 from megatron_drpo.checkpoint.families import read_architecture
@@ -95,14 +96,26 @@ def test_layouts_that_fit_pass(flags: list[str], world_size: int) -> None:
         (["--tensor-model-parallel-size", "2"], 3, ["size 2", "are 3", "--nproc-per-node 2"]),
         (["--tensor-model-parallel-size", "3"], 3, ["heads 8", "groups 4", "ffn_hidden_size 40"]),
         (["--tensor-model-parallel-size", "8"], 8, ["num_query_groups 4", "use one of 1, 2, 4"]),
-        (["--pipeline-model-parallel-size", "3"], 3, ["layers 4", "product 3", "among 1, 2, 4"]),
+        (["--pipeline-model-parallel-size", "3"], 3, ["layers 4", "now 3", "among 1, 2, 4"]),
         (
             ["--pipeline-model-parallel-size", "2"]
             + ["--num-virtual-stages-per-pipeline-rank", "3"],
             2,
-            ["num_layers 4", "product 6"],
+            ["num_layers 4", "now 6"],
         ),
-        ([], 3, ["--rollout-prompts-per-step 4", "3 data-parallel"]),
+        ([], 3, ["--rollout-prompts-per-step 4", "3 replicas", "nearest possible layouts of 3"]),
+        (["--context-parallel-size", "2"], 3, ["size 2", "multiple of 2", "are 3"]),
+        (
+            ["--context-parallel-size", "2", "--max-tokens-per-microbatch", "13"]
+            + ["--rollout-max-response-length", "10"],
+            2,
+            ["microbatch 13", "14 tokens, padded to 16", "at least 16"],
+        ),
+        (
+            ["--pipeline-model-parallel-size", "2", "--decoder-first-pipeline-num-layers", "4"],
+            2,
+            ["first-pipeline-num-layers 4", "num_layers 4", "nearest possible layouts of 2 ranks"],
+        ),
         (["--rollout-max-response-length", "64"], 1, ["length 64", "embeddings 64", "at most 63"]),
         (["--max-tokens-per-microbatch", "11"], 1, ["microbatch 11", "at least 12"]),
         (["--rollout-prompts-per-step", "10"], 1, ["per-step 10", f"{NUM_PROMPTS} prompts"]),
@@ -131,7 +144,7 @@ def use_experts(flags: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("extra", "world_size", "parts"),
     [
-        (["--expert-model-parallel-size", "4"], 2, ["size 4", "the 2 data-parallel", "of 1, 2"]),
+        (["--expert-model-parallel-size", "4"], 2, ["size 4", "there are 2", "one of 1, 2"]),
         (
             ["--expert-model-parallel-size", "3", "--rollout-prompts-per-step", "6"],
             3,
@@ -141,7 +154,7 @@ def use_experts(flags: list[str]) -> list[str]:
         (
             ["--tensor-model-parallel-size", "2"],
             2,
-            ["size 2", "4 experts", "--expert-model-parallel-size"],
+            ["size 2", "4 experts", "add --sequence-parallel"],
         ),
     ],
 )
@@ -159,6 +172,8 @@ def test_experts_are_trained_where_they_can_be(
     experts = use_experts(flags)
     pipeline = ["--pipeline-model-parallel-size", "2"]
     check([*experts, *pipeline, "--expert-model-parallel-size", "2"], 8)
+    split = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    check([*experts, *split, "--expert-model-parallel-size", "4"], 8)
     message = refused(ConfigError, [*flags, "--expert-model-parallel-size", "2"], 2)
     assert "the model has no experts" in message and "\n" not in message
     # A frozen model's forward pass asks for nothing: its layers may be split.
@@ -166,6 +181,7 @@ def test_experts_are_trained_where_they_can_be(
     check([*flags, *sizes, "--reference-model", "experts"], 2)
     cuda = Device("cuda", "nccl", 0, "test")
     monkeypatch.setattr("megatron_drpo.preflight.choose_device", lambda _: cuda)
+    monkeypatch.setattr("megatron_drpo.hardware.look", hardware.Machine)
     monkeypatch.setattr("megatron_drpo.preflight._have_transformer_engine", lambda: False)
     check(flags)
     assert "Transformer Engine" in refused(ConfigError, experts)
@@ -178,6 +194,7 @@ def test_exactness_on_a_gpu_needs_kernels_and_layers(
 ) -> None:
     cuda = Device("cuda", "nccl", 0, "test")
     monkeypatch.setattr("megatron_drpo.preflight.choose_device", lambda _: cuda)
+    monkeypatch.setattr("megatron_drpo.hardware.look", hardware.Machine)
     monkeypatch.setattr("megatron_drpo.preflight._have_transformer_engine", lambda: False)
     check(flags)
     message = refused(ConfigError, [*flags, "--rollout-exact", "on"])
@@ -380,6 +397,7 @@ def test_a_dry_run_tells_the_consequences_and_leaves_nothing(
     assert "at most 64 response tokens per step, 128 in all" in text
     assert "[0.5, 1.5]" in text
     assert "KV cache, 8 slots of 12 tokens" in text
+    assert "all-reduce TP" in text and "temperature 1: one setting" in text
     assert sorted(os.listdir()) == ["model", "prompts.jsonl"]
 
 
@@ -395,10 +413,23 @@ def test_the_memory_estimate_counts_the_parameters_of_a_rank(
     for name, size in total.items():
         if ".layers." in name:
             layers += size if "norm" in name else size // 2  # norms are on every rank
-    expected = layers // pp + (embedding if pp == 1 else 0) // 2 + output // 2 + norm
+    ends = (embedding if pp == 1 else 0) + output
+    ends = ends * 64 // 61  # 61 ids, padded to a multiple of 16 on both ranks
+    expected = layers // pp + ends // 2 + norm
     sizes = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", str(pp)]
     cli.start([*flags, "--dry-run", *sizes])
-    assert f"weights, {expected:,} parameters" in capsys.readouterr().out
+    (row,) = [line for line in _table(capsys.readouterr().out) if line[0] == str(pp - 1)]
+    assert row[2] == f"{expected:,}"
+    assert row[3] == f"{expected * 4 / 2**10:,.1f}" == row[4]
+
+
+def _table(text: str) -> list[list[str]]:
+    """Rows of the table of memory by pipeline stage."""
+    _, _, rest = text.partition("by pipeline stage\n")
+    lines = itertools.takewhile(
+        lambda line: line[:1].isdigit(), map(str.strip, rest.splitlines()[1:])
+    )
+    return [line.split() for line in lines]
 
 
 def test_the_memory_estimate_shares_out_experts(
@@ -415,10 +446,12 @@ def test_the_memory_estimate_shares_out_experts(
     text = capsys.readouterr().out
     assert "4 rank(s) = TP 1 x PP 1 x DP 4" in text
     assert "EP 2: 2 of 4 experts on each rank" in text
-    assert f"weights, {experts + others:,} parameters" in text
+    others += 2 * 3 * 32  # rows that pad 61 ids to 64
+    (row,) = _table(text)
+    assert row[2] == f"{experts + others:,}"
     # Adam's two moments: an expert's are on two ranks, the others' on four.
     state = (experts // 2 + others // 4) * 8
-    assert f"{state / 2**20:,.1f} MiB  optimizer state" in text
+    assert row[5] == f"{state / 2**10:,.1f}"
 
 
 # --- Megatron checkpoints -----------------------------------------------------------------------

@@ -22,16 +22,19 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 
 LAYERS = (
     {"__init__", "types", "config", "errors", "device", "disk", "metrics", "user_code"},
-    {"objectives", "vocab_parallel", "advantages", "rewards", "packing", "prompts", "row_loss"},
-    {"mcore", "rollout", "weight_sync", "checkpoint"},
+    {"objectives", "vocab_parallel", "advantages", "rewards", "packing", "prompts", "row_loss"}
+    | {"context_parallel"},
+    {"mcore", "rollout", "weight_sync", "checkpoint", "plan"},
     {
         "train",
         "collect",
         "gate",
+        "hardware",
         "serving",
         "arguments",
         "preflight",
         "dry_run",
+        "verify_layout",
         "cli",
         "report",
         "__main__",

@@ -1,8 +1,8 @@
 """A training state saved in one layout continues in any other as if it had never stopped.
 
 In one start of four processes, each layout trains for two updates, saves, and makes a third one.
-Then each layout, started from other weights, loads what each of the others saved and makes the
-third update itself: loss, gradient norm and every weight must be those of the run that never
+Then each layout, started from other weights, loads what the one before it saved and makes the third
+update itself: loss, gradient norm and every weight must be those of the run that never
 stopped. In bf16, where rounding differs between layouts, the state is saved again instead, and must
 hold the same bits, master weights included.
 """
@@ -40,25 +40,39 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, adam_eps=1e-3, weight_decay=0.1, clip_grad=
 
 
 class Layout(NamedTuple):
-    tp: int
-    pp: int
-    vp: int
+    tp: int = 1
+    pp: int = 1
+    vp: int = 1
     ep: int = 1
+    cp: int = 1
+    etp: int | None = None
+    sp: bool = False
 
     def __str__(self) -> str:
-        return "-".join(map(str, self))
+        usual = self._field_defaults
+        said = {name: value for name, value in self._asdict().items() if value != usual[name]}
+        return "-".join(f"{name}{value:d}" for name, value in said.items()) or "one"
+
+    @property
+    def sizes(self) -> ParallelConfig:
+        return ParallelConfig(
+            *self[:4],
+            sequence_parallel=self.sp,
+            context_parallel_size=self.cp,
+            expert_tensor_parallel_size=self.etp,
+        )
 
 
 class Group(NamedTuple):
-    """Layouts that read each other's state."""
+    """Layouts; each reads the state of the one before it, and the first that of the last."""
 
     model: str
     layouts: tuple[Layout, ...]
     distributed_optimizer: bool = True
     bf16: bool = False
 
-    def others(self, layout: Layout) -> list[Layout]:
-        return [other for other in self.layouts if other != layout]
+    def before(self, layout: Layout) -> Layout:
+        return self.layouts[self.layouts.index(layout) - 1]
 
     def __str__(self) -> str:
         kind = "shared" if self.distributed_optimizer else "whole"
@@ -73,13 +87,27 @@ MODELS = {
     "tied_experts": ("mixtral", True, WIDE),
 }
 GROUPS = [
-    Group("dense", (Layout(1, 1, 1), Layout(4, 1, 1), Layout(1, 2, 2))),
-    Group("tied", (Layout(2, 2, 1), Layout(1, 4, 1))),
-    Group("experts", (Layout(1, 1, 1), Layout(1, 1, 1, 4), Layout(1, 2, 2, 2))),
-    Group("dense", (Layout(1, 2, 1), Layout(4, 1, 1)), distributed_optimizer=False),
-    Group("experts", (Layout(1, 1, 1, 2), Layout(1, 2, 1)), distributed_optimizer=False),
-    Group("tied_experts", (Layout(1, 1, 1, 2), Layout(1, 2, 2)), bf16=True),
-    Group("dense", (Layout(2, 2, 1), Layout(1, 1, 1)), distributed_optimizer=False, bf16=True),
+    Group("dense", (Layout(), Layout(4), Layout(2, cp=2, sp=True), Layout(1, 2, 2))),
+    Group("tied", (Layout(2, 2), Layout(1, 4))),
+    Group(
+        "experts",
+        (
+            Layout(),
+            Layout(ep=4),
+            Layout(2, ep=2, etp=1, sp=True),
+            Layout(1, 2, 2, ep=2),
+            Layout(2, ep=2, sp=True),
+            Layout(cp=2, ep=2, etp=2),
+        ),
+    ),
+    Group("dense", (Layout(1, 2), Layout(4, sp=True)), distributed_optimizer=False),
+    Group(
+        "experts",
+        (Layout(ep=2), Layout(1, 2), Layout(2, ep=2, etp=1, sp=True)),
+        distributed_optimizer=False,
+    ),
+    Group("tied_experts", (Layout(ep=2, etp=2), Layout(1, 2, 2)), bf16=True),
+    Group("dense", (Layout(2, 2), Layout()), distributed_optimizer=False, bf16=True),
 ]
 FP32 = [group for group in GROUPS if not group.bf16]
 BF16 = [group for group in GROUPS if group.bf16]
@@ -114,25 +142,16 @@ def _save(policy, directory: Path, step: int) -> Path:
 
 def _start(root: Path, rank: int, group: Group, layout: Layout, model: str):
     optimizer = replace(OPTIMIZER, use_distributed_optimizer=group.distributed_optimizer)
-    return make_policy(root / model, rank, ParallelConfig(*layout), optimizer, bf16=group.bf16)
+    return make_policy(root / model, rank, layout.sizes, optimizer, bf16=group.bf16)
 
 
 def _third_update(policy, layout, out: Path) -> None:
     """Its statistics and the weights after it, into `out`."""
-    from megatron_drpo.checkpoint.model_weights import export_hf
+    from megatron_drpo.mcore.weights import export
 
     result = _update(policy, 2)
-    export_hf(
-        out,
-        policy.config.model.hf_model,
-        policy.architecture,
-        policy.models,
-        tp_group=layout.tp_group,
-        pp_group=layout.pp_group,
-        ep_group=layout.ep_group,
-        dp_rank=layout.dp_rank,
-    )
-    layout.barrier()
+    source = Path(policy.config.model.hf_model)
+    export(out, source, policy.architecture, policy.models, layout)
     if layout.rank == 0:
         (out / "result.json").write_text(json.dumps(result))
 
@@ -175,20 +194,19 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
             end(layout, policy, root)
         for loaded in group.layouts:
             layout, policy = _start(root, rank, group, loaded, f"other-{group.model}")
-            for saved in group.others(loaded):
-                _poison_padding(policy)
-                facts = {"poisoned": _padding(policy)}
-                source = root / str(group) / str(saved)
-                progress = state.load_checkpoint(source / "step-000002", policy)
-                assert progress.num_updates == policy.num_updates == 2
-                facts["loaded"] = _padding(policy)
-                if group.bf16:
-                    _save(policy, source / str(loaded), 2)
-                else:
-                    _third_update(policy, layout, source / str(loaded))
-                    facts["updated"] = _padding(policy)
-                if rank == 0:
-                    (source / str(loaded) / "facts.json").write_text(json.dumps(facts))
+            _poison_padding(policy)
+            facts = {"poisoned": _padding(policy)}
+            source = root / str(group) / str(group.before(loaded))
+            progress = state.load_checkpoint(source / "step-000002", policy)
+            assert progress.num_updates == policy.num_updates == 2
+            facts["loaded"] = _padding(policy)
+            if group.bf16:
+                _save(policy, source / str(loaded), 2)
+            else:
+                _third_update(policy, layout, source / str(loaded))
+                facts["updated"] = _padding(policy)
+            if rank == 0:
+                (source / str(loaded) / "facts.json").write_text(json.dumps(facts))
             end(layout, policy, root)
 
 
@@ -211,7 +229,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _pairs(groups: list[Group]) -> Any:
     return pytest.mark.parametrize(
         ("group", "saved", "loaded"),
-        [(group, a, b) for group in groups for b in group.layouts for a in group.others(b)],
+        [(group, group.before(to), to) for group in groups for to in group.layouts],
         ids=str,
     )
 

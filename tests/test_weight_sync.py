@@ -98,14 +98,15 @@ def assert_holds(url: str, out: Path, expected: dict[str, Tensor], workers: int 
 class Trainer:
     """One rank's chunks, filled from a directory."""
 
-    def __init__(self, rank: int, sizes: tuple[int, int, int, int], source: Path) -> None:
+    def __init__(self, rank: int, sizes: tuple[int, ...], source: Path) -> None:
         from megatron_drpo.config import ModelConfig, ParallelConfig
         from megatron_drpo.device import Device
         from megatron_drpo.mcore import model, parallel
         from megatron_drpo.weight_sync.sync import Model
 
         device = Device("cpu", "gloo", rank, "test")
-        self.layout = parallel.initialize(ParallelConfig(*sizes), device, seed=1)
+        config = ParallelConfig(*sizes[:4], expert_tensor_parallel_size=sizes[4])
+        self.layout = parallel.initialize(config, device, seed=1)
         self.source, self.architecture = source, read_architecture(source)
         config = ModelConfig(hf_model="unused", transformer_impl="local")
         self.chunks = model.build_model(self.architecture, config, self.layout, device)
@@ -113,17 +114,10 @@ class Trainer:
         self.model = Model(self.architecture, self.chunks, self.layout, torch.device("cpu"))
 
     def fill(self, source: Path) -> None:
-        layout = self.layout
+        from megatron_drpo.mcore.weights import places_of
+
         with HfWeights(source, self.architecture) as weights:
-            load_weights(
-                weights,
-                self.architecture,
-                self.chunks,
-                tp_rank=layout.tp_rank,
-                tp_size=layout.tp_size,
-                ep_rank=layout.ep_rank,
-                ep_size=layout.ep_size,
-            )
+            load_weights(weights, self.architecture, self.chunks, places_of(self.layout))
 
     def change(self) -> None:
         """Other weights, exactly."""
@@ -141,20 +135,21 @@ def _ranks(rank: int, _: int, root: Path, urls: dict[str, str]) -> None:
     """One start of the processes, which is what costs time."""
     from megatron_drpo.mcore import parallel
 
+    # tp, pp, chunks per stage, ep, expert tp
     for sizes, family in (
-        ((2, 1, 1, 1), "qwen3"),
-        ((1, 2, 1, 1), "qwen3"),
-        ((1, 2, 2, 1), "llama"),
-        ((1, 1, 1, 2), "qwen3_moe"),
+        ((2, 1, 1, 1, 2), "qwen3"),
+        ((1, 2, 1, 1, 1), "qwen3"),
+        ((1, 2, 2, 1, 1), "llama"),
+        ((2, 1, 1, 2, 1), "qwen3_moe"),
     ):
         trainer = Trainer(rank, sizes, root / family)
         _bit_for_bit(rank, trainer, root, urls)
         if family == "qwen3":  # the second comes to a server that has not forgotten the first
             _sglang(rank, trainer, root, urls)
-        if sizes[0] == 2:
+        if sizes == (2, 1, 1, 1, 2):
             _disk(rank, trainer, root, urls)
             _faults(rank, trainer, root, urls)
-        if sizes == (1, 2, 1, 1):
+        if sizes == (1, 2, 1, 1, 1):
             _deaths(rank, trainer, root, urls)
         trainer.layout.barrier()
         parallel.destroy(trainer.layout)

@@ -46,8 +46,14 @@ def hf_classes(family: str) -> tuple[Any, Any]:
     return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
 
 
-def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.float32) -> Any:
-    """A model whose every weight is random, norms included, with logits of about unit size."""
+def tiny_model(
+    family: str, *, tie: bool = False, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
+    """A model whose every weight is random, norms included, with logits of about unit size.
+
+    Args:
+        changes: of the configuration.
+    """
     make_config, make_model = hf_classes(family)
     sizes = {
         "vocab_size": VOCAB,
@@ -58,11 +64,11 @@ def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.flo
         "num_key_value_heads": GROUPS,
         "head_dim": CHANNELS,
         "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
     }
     config = make_config(
-        **sizes | _SIZES.get(family, {}),
+        **sizes | _SIZES.get(family, {}) | changes,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
         tie_word_embeddings=tie,
         bos_token_id=1,
         eos_token_id=2,
@@ -81,14 +87,19 @@ def tiny_model(family: str, *, tie: bool = False, dtype: torch.dtype = torch.flo
 
 
 def save_tiny(
-    directory: Path, family: str, *, tie: bool = False, dtype: torch.dtype = torch.float32
+    directory: Path,
+    family: str,
+    *,
+    tie: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> dict[str, Tensor]:
     """Save `tiny_model` as transformers does; returns the stored tensors by name.
 
     They are not the model's state_dict: a mixture of experts is fused in memory and apart on disk,
     and a tied weight is stored once.
     """
-    tiny_model(family, tie=tie, dtype=dtype).save_pretrained(directory)
+    tiny_model(family, tie=tie, dtype=dtype, **changes).save_pretrained(directory)
     stored = load_file(directory / "model.safetensors")
     return {name: value.clone() for name, value in stored.items()}
 
@@ -144,12 +155,16 @@ def reference_shard(hf: dict[str, Tensor], name: str, rank: int, size: int, rows
             return source["self_attn.o_proj.weight"][:, rank * share : (rank + 1) * share]
         case "mlp.router.weight":
             return source["mlp.gate.weight"]
-        case "mlp.linear_fc1.weight":
+        case "self_attention.linear_proj.bias":
+            return source["self_attn.o_proj.bias"]
+        case "mlp.linear_fc1.weight" | "mlp.linear_fc1.bias":
             out = []
             for half in ("gate", "up"):
                 for row in range(rank * FFN // size, (rank + 1) * FFN // size):
-                    out.append(source[f"{mlp}{half}_proj.weight"][row])
+                    out.append(source[f"{mlp}{half}_proj.{kind.rpartition('.')[2]}"][row])
             return torch.stack(out)
+        case "mlp.linear_fc2.bias":
+            return source["mlp.down_proj.bias"]
         case "mlp.linear_fc2.weight":
             share = FFN // size
             return source[f"{mlp}down_proj.weight"][:, rank * share : (rank + 1) * share]

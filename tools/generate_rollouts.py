@@ -30,6 +30,7 @@ from megatron_drpo.cli import exit_status
 from megatron_drpo.config import (
     Config,
     DataConfig,
+    MoEConfig,
     ModelConfig,
     OutputConfig,
     ParallelConfig,
@@ -88,6 +89,7 @@ class Arguments:
     generate: Generate
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -105,7 +107,8 @@ def run(argv: Sequence[str]) -> None:
         DrpoError: whatever the user has to mend.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "0"))
-    groups = [Generate, ModelConfig, ParallelConfig, DataConfig, RolloutConfig, RewardConfig]
+    groups = [Generate, ModelConfig, ParallelConfig, MoEConfig]
+    groups += [DataConfig, RolloutConfig, RewardConfig]
     given = given_names(argv, types_of(groups))
     arguments = tyro.cli(
         Arguments,
@@ -141,6 +144,11 @@ def _refuse_unread(arguments: Arguments, given: set[str]) -> None:
         for name in _TRAINING_ONLY
         if name in given
     ]
+    if arguments.moe.moe_routing_replay == "score":
+        problems.append(
+            "--moe-routing-replay score: nothing is scored here; use rollout to record the experts "
+            "that tokens are routed to, or drop it"
+        )
     if rollout.uses_servers:
         problems += [
             f"{flag(name)} {getattr(parallel, name)}: the layout of --rollout-engine "
@@ -148,6 +156,11 @@ def _refuse_unread(arguments: Arguments, given: set[str]) -> None:
             for name in _LAYOUT
             if getattr(parallel, name) > 1
         ]
+        if arguments.moe.moe_routing_replay == "rollout":
+            problems.append(
+                f"--moe-routing-replay rollout: --rollout-engine {rollout.rollout_engine} does not "
+                "return the experts that tokens were routed to; drop it"
+            )
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -166,6 +179,7 @@ def _config(arguments: Arguments, world_size: int) -> Config:
     return Config(
         model=arguments.model,
         parallel=parallel,
+        moe=arguments.moe,
         data=arguments.data,
         rollout=dataclasses.replace(
             rollout,
@@ -192,7 +206,10 @@ class _Generation:
         self.arguments, self.config, self.inputs, self.layout = arguments, config, inputs, layout
         self.samples = arguments.rollout.rollout_samples_per_prompt
         self.sampling = sampling_of(
-            arguments.rollout, inputs.stop_ids, seed=arguments.generate.seed
+            arguments.rollout,
+            inputs.stop_ids,
+            seed=arguments.generate.seed,
+            record_experts=arguments.moe.moe_routing_replay == "rollout",
         )
 
     def generate(self) -> None:

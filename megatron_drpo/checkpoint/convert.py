@@ -485,7 +485,7 @@ def megatron_arguments(architecture: Architecture, tp_size: int) -> dict[str, An
         "norm_epsilon": architecture.norm_epsilon,
         "qk_layernorm": architecture.qk_layernorm,
         "swiglu": True,
-        "add_bias_linear": False,
+        "add_bias_linear": architecture.add_bias_linear,
         "add_qkv_bias": architecture.add_qkv_bias,
         "untie_embeddings_and_output_weights": not architecture.tie_word_embeddings,
         "num_experts": architecture.num_experts or None,

@@ -119,6 +119,10 @@ def architecture_line(architecture: Architecture) -> str:
         rope,
         f"norm epsilon {a.norm_epsilon:g}",
     ]
+    if a.sliding_window:
+        parts.append(f"window {a.sliding_window} in {len(a.sliding_layers)} layers")
+    if a.add_bias_linear:
+        parts.append("biases")
     return ", ".join(parts)
 
 

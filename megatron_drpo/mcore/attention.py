@@ -9,6 +9,9 @@ the other layouts to the function here.
 Generation has training's bits (docs/notes.md) as long as no GEMM takes another kernel or another
 order of summation: at least `MIN_ROWS` rows everywhere, key lengths in steps of `KEY_BLOCK`, and
 sums over keys in pieces of `SUM_BLOCK`. Keys that a token does not see then add zeros to its sums.
+
+Under context parallelism a rank has pieces of a row's sequences. It gathers the keys and values of
+the whole row, and its queries attend to them as they would in the whole row, with the same bits.
 """
 
 from __future__ import annotations
@@ -19,12 +22,17 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megatron_drpo.context_parallel import pieces as pieces_of_rank
+from megatron_drpo.context_parallel import sequence_bounds, share_index
 from megatron_drpo.vocab_parallel.gemm import KEY_BLOCK, MIN_ROWS, round_up
 
 SUM_BLOCK = 128
@@ -42,6 +50,9 @@ class KVCache:
     num_slots: int
     length: int
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    experts: Tensor | None = None
+    """int16 [slots, length, layers of the model, k]: where each token was routed to, as far as the
+    layers are here; None: not recorded."""
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The cache of one layer, made at first use with the dtype and heads of `like` [..., D]."""
@@ -56,6 +67,8 @@ class KVCache:
         for layer in self.layers.values():
             for part in layer:
                 part[target, :, :length] = part[source, :, :length]
+        if self.experts is not None:
+            self.experts[target, :length] = self.experts[source, :length]
 
     def resize(self, num_slots: int, length: int) -> None:
         """Make room for so many slots and positions; what is cached there stays."""
@@ -67,14 +80,19 @@ class KVCache:
             for part, old in zip(new, layer, strict=True):
                 part[:slots, :, :positions] = old[:slots, :, :positions]
             self.layers[number] = (new[0], new[1])
+        if self.experts is not None:
+            old = self.experts
+            self.experts = old.new_zeros((num_slots, length, *old.shape[2:]))
+            self.experts[:slots, :positions] = old[:slots, :positions]
 
 
 class Piece(NamedTuple):
     """Consecutive tokens of a sequence. Example: Piece(slot=3, start=512, length=100)."""
 
     slot: int
+    """Of the cache; in a row, the number of the sequence."""
     start: int
-    """Tokens of the sequence that are in the cache already."""
+    """Tokens of the sequence before these: in the cache already, or on other ranks as well."""
     length: int
 
 
@@ -83,6 +101,9 @@ class Bucket(NamedTuple):
 
     index: Tensor
     """int64 [n, L]: the row's token at place l of piece n; any token beyond its length."""
+    keys: Tensor
+    """int64 [n, L']: where the key at position l of the sequence of piece n is; any key beyond the
+    piece's end. A cache needs none."""
     key_length: int
     """Positions that any of the tokens sees, rounded up to KEY_BLOCK."""
     slots: Tensor
@@ -93,7 +114,8 @@ class Bucket(NamedTuple):
 
 @dataclass
 class RowLayout(PackedSeqParams):
-    """Sequences laid end to end in a row of S tokens, each attending to itself causally.
+    """Sequences laid end to end in a row of S tokens, each attending to itself causally; or the
+    pieces of them that a context-parallel rank has.
 
     `qkv_format` stays "sbhd" for Megatron, which then applies rotary embeddings by token.
     """
@@ -101,6 +123,8 @@ class RowLayout(PackedSeqParams):
     buckets: Sequence[Bucket] = ()
     inverse: Tensor = None  # type: ignore[assignment]
     """int64 [S]: where each token is in all buckets laid end to end; 0 at padding."""
+    context_group: dist.ProcessGroup | None = None
+    """The ranks that share the row out; its keys are theirs, laid end to end in their order."""
 
 
 @dataclass
@@ -129,14 +153,30 @@ class DecodeLayout(PackedSeqParams):
     """Spend equal rows on having the bits of training."""
 
 
-def row_layout(cu_seqlens: Tensor, num_tokens: int) -> RowLayout:
-    """The layout of a row of `num_tokens` whose sequences begin at `cu_seqlens` [N + 1]."""
+def row_layout(
+    cu_seqlens: Tensor, num_tokens: int, context_group: dist.ProcessGroup | None = None
+) -> RowLayout:
+    """The layout of a row whose sequences begin at `cu_seqlens` [N + 1].
+
+    Args:
+        num_tokens: of the row, or of this rank's share of it.
+        context_group: the ranks that share the row out (`context_parallel.share_row`).
+    """
+    rank, size = (0, 1) if context_group is None else (context_group.rank(), context_group.size())
     bounds = cu_seqlens.tolist()
     if len(bounds) == 1:  # padding only: treat it as one sequence
-        bounds = [0, num_tokens]
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
-    pieces = [Piece(0, 0, length) for length in lengths]
-    return RowLayout(qkv_format="sbhd", **_buckets(pieces, num_tokens, cu_seqlens.device))
+        bounds = [0, num_tokens * size]
+    mine = [
+        Piece(number, first, count)
+        for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for first, count in pieces_of_rank(end - start, rank, size)
+    ]
+    begins, places = torch.tensor(bounds[:-1]), None
+    if size > 1:
+        every = sequence_bounds(cu_seqlens, num_tokens * size)
+        places = torch.cat([share_index(every, other, size) for other in range(size)]).argsort()
+    buckets = _buckets(mine, num_tokens, cu_seqlens.device, begins, places)
+    return RowLayout(qkv_format="sbhd", context_group=context_group, **buckets)
 
 
 def prefill_layout(
@@ -160,9 +200,20 @@ def prefill_layout(
     )
 
 
-def _buckets(pieces: Sequence[Piece], num_tokens: int, device: torch.device) -> dict:
+def _buckets(
+    pieces: Sequence[Piece],
+    num_tokens: int,
+    device: torch.device,
+    begins: Tensor | None = None,
+    places: Tensor | None = None,
+) -> dict:
     """`buckets` and `inverse` of a row: pieces apart whose numbers of keys are far apart, so that
-    a long one costs the short ones nothing."""
+    a long one costs the short ones nothing.
+
+    Args:
+        begins: int64 [N], where each sequence begins in the whole row; None: keys are in a cache.
+        places: int64 [tokens of the whole row], where each of them has its key; None: in order.
+    """
     by_length: dict[int, list[tuple[int, Piece]]] = {}
     offset = 0
     for piece in pieces:
@@ -182,14 +233,15 @@ def _buckets(pieces: Sequence[Piece], num_tokens: int, device: torch.device) -> 
         before += index.numel()
         slots = torch.tensor([piece.slot for _, piece in members])
         starts = torch.tensor([piece.start for _, piece in members])
-        buckets.append(
-            Bucket(
-                index.clamp(max=num_tokens - 1).to(device),
-                key_length,
-                slots.to(device),
-                starts.to(device),
-            )
-        )
+        index, keys = index.clamp(max=num_tokens - 1), index[:, :0]
+        if begins is not None:
+            end = round_up(max(piece.start + piece.length for _, piece in members), MIN_ROWS)
+            last = num_tokens - 1 if places is None else places.numel() - 1
+            keys = (begins[slots][:, None] + torch.arange(end)).clamp(max=last)
+            keys = keys if places is None else places[keys]
+        tensors = (tensor.to(device) for tensor in (index, keys, slots, starts))
+        index, keys, slots, starts = tensors
+        buckets.append(Bucket(index, keys, key_length, slots, starts))
     return {"buckets": buckets, "inverse": inverse.to(device)}
 
 
@@ -207,8 +259,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: flo
         As `query`.
     """
     scores = query.flatten(2, 3) @ key.transpose(-1, -2)
-    scores = scores.float().view(*query.shape[:-1], -1)
-    probs = scores.mul_(scale).masked_fill_(hidden, -torch.inf).softmax(-1)
+    # Not in place on the view: autograd would copy the gradient of all scores for that.
+    scores = scores.float().mul_(scale).view(*query.shape[:-1], -1)
+    probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     return _weighted_sum(probs.to(value.dtype).flatten(2, 3), value).view(query.shape)
 
 
@@ -231,11 +284,13 @@ def attend_layout(
     layout: RowLayout | DecodeLayout,
     layer_number: int,
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Attention of one layer under `layout`.
 
     Args:
         query: [S, 1, heads / tp, D] with key, value: [S, 1, groups / tp, D].
+        window: tokens that a token sees, itself and those before it; None: all of these.
 
     Returns:
         [S, 1, heads / tp * D].
@@ -244,7 +299,14 @@ def attend_layout(
     tokens, groups = key.shape[:2]
     query = query.view(tokens, groups, -1, query.size(-1))
     if isinstance(layout, DecodeLayout):
-        return _decode(query, key, value, layout, layer_number, scale).reshape(tokens, 1, -1)
+        out = _decode(query, key, value, layout, layer_number, scale, window)
+        return out.reshape(tokens, 1, -1)
+    if layout.context_group is not None:
+        # In the backward pass each rank gets its part of the sum of the ranks' gradients.
+        both = gather_from_sequence_parallel_region(
+            torch.stack([key, value], 1), group=layout.context_group
+        )
+        key, value = both.unbind(1)
     cached = None
     if isinstance(layout, PrefillLayout):
         cached = layout.cache.layer(layer_number, key)
@@ -254,21 +316,23 @@ def attend_layout(
     for bucket in layout.buckets:
         length, key_length = bucket.index.size(1), bucket.key_length
         if cached is None:
-            keys, values = (_pad_length(x[bucket.index], key_length) for x in (key, value))
+            keys, values = (_pad_length(x[bucket.keys], key_length) for x in (key, value))
         else:
             keys, values = (part[bucket.slots, :, :key_length] for part in cached)
         place = torch.arange(max(length, key_length), device=query.device)
-        last = (place[:length] + bucket.starts[:, None])[:, None, None, :, None]
-        out = attend(
-            query[bucket.index].permute(0, 2, 3, 1, 4),
-            keys,
-            values,
-            place[:key_length] > last,
-            scale,
-        )
+        # What lies beyond a piece's end sees something as well: it must not become NaN.
+        last = (place[:length] + bucket.starts[:, None]).clamp(max=key_length - 1)
+        hidden = _hidden(last[:, None, None, :, None], place[:key_length], window)
+        out = attend(query[bucket.index].permute(0, 2, 3, 1, 4), keys, values, hidden, scale)
         outs.append(out.permute(0, 3, 1, 2, 4).flatten(0, 1))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out.flatten(1)[layout.inverse].unsqueeze(1)
+
+
+def _hidden(position: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """bool, of both broadcast: the positions `keys` that a token at `position` does not see."""
+    hidden = keys > position
+    return hidden if window is None else hidden | (keys <= position - window)
 
 
 def _pad_length(tensor: Tensor, length: int) -> Tensor:
@@ -286,6 +350,7 @@ def _decode(
     layout: DecodeLayout,
     layer_number: int,
     scale: float,
+    window: int | None,
 ) -> Tensor:
     """[B, groups, heads / groups, D], of query in this shape."""
     keys, values = layout.cache.layer(layer_number, key)
@@ -294,11 +359,15 @@ def _decode(
     batch, length = layout.positions.numel(), layout.hidden.size(-1)
     # Equal rows up to MIN_ROWS, for the same GEMM kernel as in training.
     rows = -(-MIN_ROWS // query.size(2)) if layout.exact else 1
+    hidden = layout.hidden
+    if window is not None:
+        place = torch.arange(length, device=query.device)
+        hidden = _hidden(layout.positions[:, None, None, None, None], place, window)
     out = attend(
         query[:, :, :, None].expand(-1, -1, -1, rows, -1),
         keys[:batch, :, :length],
         values[:batch, :, :length],
-        layout.hidden,
+        hidden,
         scale,
     )
     return out[:, :, :, 0]
@@ -313,12 +382,11 @@ class CoreAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        softmax_scale: float | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.scale = softmax_scale or (config.kv_channels or 1) ** -0.5
+        self.scale, self.window = scale_of(config), window_of(config, layer_number)
 
     def forward(
         self,
@@ -331,7 +399,26 @@ class CoreAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         assert isinstance(packed_seq_params, RowLayout | DecodeLayout)
-        return attend_layout(query, key, value, packed_seq_params, self.layer_number, self.scale)
+        return attend_layout(
+            query, key, value, packed_seq_params, self.layer_number, self.scale, self.window
+        )
+
+
+def scale_of(config: TransformerConfig) -> float:
+    """Factor of the scores of attention."""
+    return config.softmax_scale or (config.kv_channels or 1) ** -0.5
+
+
+def window_of(config: TransformerConfig, layer_number: int) -> int | None:
+    """Tokens that a token sees in a layer, itself included; None: all before it as well.
+
+    Args:
+        layer_number: in the whole model, from 1.
+    """
+    sizes, skips = config.window_size, config.window_attn_skip_freq
+    if sizes is None or not is_layer_window_attention(sizes, skips, layer_number):  # type: ignore[arg-type]
+        return None
+    return sizes[0] + 1
 
 
 HAVE_TE = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
@@ -345,8 +432,9 @@ if HAVE_TE:
 
         def forward(self, query, key, value, *args, packed_seq_params=None, **kwargs):  # type: ignore[no-untyped-def]
             if isinstance(packed_seq_params, RowLayout | DecodeLayout):
-                scale = (self.config.kv_channels or 1) ** -0.5
-                return attend_layout(query, key, value, packed_seq_params, self.layer_number, scale)
+                number, config = self.layer_number, self.config
+                scale, window = scale_of(config), window_of(config, number)
+                return attend_layout(query, key, value, packed_seq_params, number, scale, window)
             return super().forward(
                 query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs
             )

@@ -203,8 +203,7 @@ class _Transformers:
         config.num_hidden_layers, config.vocab_size = 1, 1
         # They would be no ids of that vocabulary.
         config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:1]  # families with mixed layers are refused
+        self._layer_types = getattr(config, "layer_types", None)
         self._config = config
 
     def embed(self, tokens: list[int]) -> Tensor:
@@ -252,6 +251,8 @@ class _Transformers:
         norm = family.last[0]
         state[norm.hf[0]] = self._weights.hf(norm)[0][:]
         state[family.first[0].hf[0]] = torch.zeros(1, architecture.hidden_size)
+        if self._layer_types:
+            self._config.layer_types = [self._layer_types[layer]]
         with _quiet():
             # This also brings tensors into the form that transformers computes with (the experts
             # of a layer in one tensor).
@@ -290,13 +291,21 @@ class _Megatron:
     def __init__(self, weights: Weights, architecture: Architecture, layout: Any) -> None:
         self._weights, self._architecture = weights, architecture
         self._family = family_of(architecture)
-        one_layer = dataclasses.replace(architecture, num_layers=1, vocab_size=1)
-        config = ModelConfig(hf_model=str(weights.directory), transformer_impl="local")
-        (self._model,) = model.build_model(one_layer, config, layout, _CPU)
-        self._norm: Any = self._model.decoder.final_layernorm
+        self._layout = layout
+        self._config = ModelConfig(hf_model=str(weights.directory), transformer_impl="local")
+        self._build(slides=False)
+
+    def _build(self, *, slides: bool) -> None:
+        """The model of one layer whose attention slides or is full."""
+        one_layer = dataclasses.replace(
+            self._architecture, num_layers=1, vocab_size=1, sliding_layers=(0,) if slides else ()
+        )
+        (built,) = model.build_model(one_layer, self._config, self._layout, _CPU)
         # As in the middle of a pipeline: hidden states in, hidden states out.
-        self._model.pre_process = self._model.decoder.pre_process = False
-        self._model.decoder.final_layernorm = torch.nn.Identity()
+        built.pre_process = built.decoder.pre_process = False
+        self._norm: Any = built.decoder.final_layernorm
+        built.decoder.final_layernorm = torch.nn.Identity()
+        self._model, self._slides = built, slides
 
     def embed(self, tokens: list[int]) -> Tensor:
         return self._weights.load(self._family.first[0].name)[tokens].float()
@@ -307,6 +316,9 @@ class _Megatron:
 
     def run(self, layer: int, hidden: Tensor) -> Tensor:
         """Hidden states [T, H] after one layer."""
+        slides = self._architecture.window_of(layer) is not None
+        if slides != self._slides:
+            self._build(slides=slides)
         sources = self._family.of_layer(self._architecture, layer)
         targets = self._family.of_layer(self._architecture, 0)
         stored = {

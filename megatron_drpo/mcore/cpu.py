@@ -264,6 +264,28 @@ class _Loader(importlib.machinery.SourceFileLoader):
         if module.__name__ == "megatron.core.transformer.moe.moe_utils":
             # 0.16 asks whether Transformer Engine's GEMM is None, and does not say so without it.
             module.__dict__.setdefault("te_general_gemm", None)
+        if module.__name__ == "megatron.core.tensor_parallel.mappings":
+            module.__dict__["_gather_along_first_dim"] = _unevenly(module._gather_along_first_dim)
+
+
+def _unevenly(gather: Any) -> Any:
+    """Megatron's gather along the first dim, also where the ranks have different numbers of rows:
+    tokens for an expert that is split over ranks. gloo gathers parts of one shape only."""
+
+    def gathered(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        size = group.size()
+        if output_split_sizes is None or size == 1:
+            return gather(input_, group, output_split_sizes, *args, **kwargs)
+        output = input_.new_empty((sum(output_split_sizes), *input_.shape[1:]))
+        copies = input_.repeat(size, *[1] * (input_.dim() - 1))
+        torch.distributed.all_to_all_single(
+            output, copies, output_split_sizes, [len(input_)] * size, group=group
+        )
+        return output
+
+    return gathered
 
 
 class _Finder(importlib.machinery.PathFinder):

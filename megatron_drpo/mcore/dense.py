@@ -4,7 +4,8 @@ Where it fits: the in-process engine runs a chunk of the model through `forward_
 few dozen tokens of a small model spends a third of its time in Python, between operations. These
 are the operations of `PolicyModel.forward` on the same weights, in the same order and so with the
 same bits, called one after the other. What they are not written for (experts, Transformer Engine,
-fused operations) goes through Megatron's modules.
+biases everywhere, fused operations) goes through Megatron's modules. Sequence parallelism stays
+inside these: a pass of few tokens has nothing to win by it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
@@ -27,14 +32,16 @@ from megatron_drpo.mcore.model import PolicyModel
 
 Forward = Callable[[Tensor, Tensor, RowLayout | DecodeLayout, Tensor | None], Tensor]
 """(tokens int64 [S], positions int64 [S], layout, hidden states [S, 1, H] of the chunk before or
-None) -> hidden states [S, 1, H], as `PolicyModel.forward`; without gradient."""
+None) -> hidden states [S, 1, H], as `PolicyModel.forward`; without gradient. They are those of all
+tokens on every tensor-parallel rank; under sequence parallelism S is a multiple of these."""
 
 
 def forward_of(model: PolicyModel) -> Forward:
     """The fastest forward pass that there is for `model`, with its weights as they are now."""
     config: Any = model.config
     layers: Any = model.decoder.layers
-    plain = not (config.bias_activation_fusion or config.bias_dropout_fusion) and all(
+    other = config.bias_activation_fusion or config.bias_dropout_fusion or config.add_bias_linear
+    plain = not other and all(
         type(layer.mlp) is MLP and isinstance(layer.self_attention.core_attention, CoreAttention)
         for layer in layers
     )
@@ -42,12 +49,17 @@ def forward_of(model: PolicyModel) -> Forward:
 
 
 def _through_modules(model: PolicyModel) -> Forward:
+    split = model.config.sequence_parallel
+    # Transformer Engine keeps FP8 copies of the weights from one pass to the next.
+    model.set_is_first_microbatch()
+
     def forward(
         tokens: Tensor, positions: Tensor, layout: RowLayout | DecodeLayout, hidden: Tensor | None
     ) -> Tensor:
         if hidden is not None:
-            model.set_input_tensor(hidden)
-        return model(tokens, positions, layout)
+            model.set_input_tensor(scatter_to_sequence_parallel_region(hidden) if split else hidden)
+        out = model(tokens, positions, layout)
+        return gather_from_sequence_parallel_region(out) if split else out
 
     return forward
 
@@ -57,6 +69,7 @@ class _Layer(NamedTuple):
 
     number: int
     scale: float
+    window: int | None
     norm: Tensor
     qkv: Tensor
     qkv_bias: Tensor | None
@@ -73,7 +86,7 @@ class _Dense:
         self._model = model
         config: Any = model.config
         self._epsilon, self._dim = config.layernorm_epsilon, config.kv_channels
-        self._activation = config.activation_func
+        self._activation, self._split = config.activation_func, config.sequence_parallel
         decoder: Any = model.decoder
         norm = decoder.final_layernorm
         self._final_norm = None if norm is None else norm.weight
@@ -91,7 +104,7 @@ class _Dense:
         hidden: Tensor | None,
     ) -> Tensor:
         model: Any = self._model
-        x: Tensor = hidden if hidden is not None else model.embedding(tokens[None], positions[None])
+        x = self._embedded(tokens, positions) if hidden is None else hidden
         angles = model._rotary(positions, layout)
         turn = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self._layers:
@@ -99,6 +112,10 @@ class _Dense:
             gate, up = (self._norm(x, layer.mlp_norm) @ layer.up).chunk(2, -1)
             x = x + self._sum((self._activation(gate) * up) @ layer.down)
         return x if self._final_norm is None else self._norm(x, self._final_norm)
+
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self._model.embedding(tokens[None], positions[None])
+        return gather_from_sequence_parallel_region(x) if self._split else x
 
     def _attention(
         self,
@@ -117,7 +134,7 @@ class _Dense:
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key = self._norm(query, layer.query_norm), self._norm(key, layer.key_norm)
         query, key = _rotate(query, turn), _rotate(key, turn)
-        out = attend_layout(query, key, value, layout, layer.number, layer.scale)
+        out = attend_layout(query, key, value, layout, layer.number, layer.scale, layer.window)
         return self._sum(out @ layer.out)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -135,6 +152,7 @@ def _weights(layer: Any) -> _Layer:
     return _Layer(
         number=layer.layer_number,
         scale=attention.core_attention.scale,
+        window=attention.core_attention.window,
         norm=layer.input_layernorm.weight,
         qkv=attention.linear_qkv.weight.t(),
         qkv_bias=attention.linear_qkv.bias,

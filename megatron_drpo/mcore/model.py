@@ -20,6 +20,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -28,7 +32,9 @@ from megatron_drpo.checkpoint.families.rope import rotary_frequencies
 from megatron_drpo.config import MemoryConfig, ModelConfig, PrecisionConfig
 from megatron_drpo.device import Device
 from megatron_drpo.mcore import attention, precision
+from megatron_drpo.mcore.norm import RMSNorm
 from megatron_drpo.mcore.parallel import Layout
+from megatron_drpo.vocab_parallel.gemm import round_up
 
 _AS_IS, _ALL_KEPT = PrecisionConfig(), MemoryConfig()
 
@@ -45,10 +51,13 @@ class PolicyModel(GPTModel):
     ) -> Tensor:
         """Hidden states [S, 1, H], on the last stage those after the final norm.
 
+        Under sequence parallelism they are [S / tp, 1, H], this rank's part of them.
+
         Args:
-            tokens, positions: int64 [S].
+            tokens, positions: int64 [S]; under context parallelism S tokens of this rank's.
             layout: how the tokens see each other (`mcore.attention`, or Transformer Engine's).
         """
+        precision.begin_microbatch(self)
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens[None], position_ids=positions[None])
@@ -68,7 +77,10 @@ class PolicyModel(GPTModel):
     def _rotary(self, positions: Tensor, layout: PackedSeqParams) -> Tensor:
         if layout.qkv_format == "thd":  # Transformer Engine restarts positions by cu_seqlens
             return self.rotary_pos_emb(layout.max_seqlen_q, packed_seq=True)
-        return self.rotary_pos_emb(self.max_sequence_length)[positions]
+        # Positions run on through the padding of a sequence. `packed_seq` says that context
+        # parallelism needs no part cut out.
+        longest = round_up(self.max_sequence_length, 2 * self.config.context_parallel_size)
+        return self.rotary_pos_emb(longest, packed_seq=True)[positions]
 
 
 def transformer_config(
@@ -92,9 +104,10 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_epsilon,
         qk_layernorm=architecture.qk_layernorm,
+        **_attention(architecture),
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+        add_bias_linear=architecture.add_bias_linear,
         add_qkv_bias=architecture.add_qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -121,6 +134,22 @@ def transformer_config(
         **precision.of_products(numbers),
         **precision.of_activations(memory),
     )
+
+
+def _attention(architecture: Architecture) -> dict[str, Any]:
+    """What scaled or sliding attention adds to the configuration."""
+    added: dict[str, Any] = {}
+    if architecture.softmax_scale_factor != 1:
+        factor = architecture.softmax_scale_factor
+        added["softmax_scale"] = factor * architecture.kv_channels**-0.5
+    if architecture.sliding_window is not None:
+        # Tokens on the left and on the right, besides the token itself.
+        added["window_size"] = (architecture.sliding_window - 1, 0)
+        added["window_attn_skip_freq"] = [
+            int(architecture.window_of(layer) is not None)
+            for layer in range(architecture.num_layers)
+        ]
+    return added
 
 
 def _experts(architecture: Architecture, layout: Layout, *, grouped: bool) -> dict[str, Any]:
@@ -150,7 +179,7 @@ def _experts(architecture: Architecture, layout: Layout, *, grouped: bool) -> di
 
 
 def _layer_spec(architecture: Architecture, use_te: bool) -> ModuleSpec:
-    """Megatron's own layer spec with our core attention in it."""
+    """Megatron's own layer spec with our core attention and norms in it."""
     experts: dict[str, Any] = {
         "num_experts": architecture.num_experts or None,
         "moe_grouped_gemm": use_te,
@@ -166,7 +195,12 @@ def _layer_spec(architecture: Architecture, use_te: bool) -> ModuleSpec:
         )
         core = attention.CoreAttention
     spec: Any = copy.deepcopy(spec)
-    spec.submodules.self_attention.submodules.core_attention = core
+    inner = spec.submodules.self_attention.submodules
+    inner.core_attention = core
+    if not use_te:
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        if architecture.qk_layernorm:
+            inner.q_layernorm = inner.k_layernorm = RMSNorm
     if architecture.num_experts and not use_te:
         # Transformer Engine leaves the norm before a router by itself: keep its own name in
         # checkpoints, so that they move between both implementations.
@@ -191,6 +225,7 @@ def use_batch_invariant_kernels() -> None:
     batch_invariant_kernels.enable_batch_invariant_mode()
 
 
+@torch.no_grad()  # else FP8 weights would keep their initial values, for master weights
 def build_model(
     architecture: Architecture,
     config: ModelConfig,
@@ -202,10 +237,11 @@ def build_model(
 ) -> list[PolicyModel]:
     """This rank's chunks (one, or `vp_size` under the interleaved schedule), weights unset."""
     megatron_config = transformer_config(architecture, config, layout, device, numbers, memory)
+    use_te = use_transformer_engine(config)
+    layer_spec = _layer_spec(architecture, use_te)
     make = partial(
         PolicyModel,
         config=megatron_config,
-        transformer_layer_spec=_layer_spec(architecture, use_transformer_engine(config)),
         vocab_size=padded_vocab_size(architecture.vocab_size, layout.tp_size),
         max_sequence_length=architecture.max_position_embeddings,
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
@@ -215,7 +251,13 @@ def build_model(
     chunks = []
     for stage in range(layout.vp_size):
         vp_stage = stage if layout.vp_size > 1 else None
-        chunk = make(
+        spec: Any = layer_spec
+        if not use_te:  # Megatron takes the final norm from what is installed, not from the layers
+            count = get_num_layers_to_build(megatron_config, vp_stage)
+            norm: Any = RMSNorm
+            spec = TransformerBlockSubmodules([layer_spec] * count, layer_norm=norm)
+        chunk: Any = make(
+            transformer_layer_spec=spec,
             pre_process=parallel_state.is_pipeline_first_stage(
                 ignore_virtual=False, vp_stage=vp_stage
             ),
@@ -230,7 +272,14 @@ def build_model(
         # experts are shared out: then its state would not move between other sizes and 1.
         for name, parameter in chunk.named_parameters():
             if ".experts." in name:
-                parameter.allreduce = False  # type: ignore[attr-defined]  # read by its name
+                parameter.allreduce = False  # read by its name
         # Norms of the local spec are built in fp32 whatever params_dtype says.
-        chunks.append(chunk.to(device=device.torch, dtype=megatron_config.params_dtype))
+        chunk.to(device=device.torch, dtype=megatron_config.params_dtype)
+        if (
+            numbers.fp32_output_layer
+            and chunk.post_process
+            and not architecture.tie_word_embeddings
+        ):
+            chunk.output_layer.weight.data = chunk.output_layer.weight.data.float()
+        chunks.append(chunk)
     return chunks

@@ -15,12 +15,15 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim.adamw import adamw
 
 from megatron_drpo.config import Config
 from megatron_drpo.device import Device
+from megatron_drpo.mcore import precision
 
 
 class PlainAdam(torch.optim.Optimizer):
@@ -91,6 +94,47 @@ def _use_plain_adam() -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
+def parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that Megatron chains: of the experts' parameters and of the others'."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def clip_gradients(optimizer: MegatronOptimizer, most: float, norm: float) -> None:
+    """Scale the gradients down to the global norm `most`; `norm` is what theirs is."""
+    for part in parts(optimizer):
+        clip_grad_by_total_norm_fp32(
+            part.get_parameters(),
+            most,
+            norm,
+            # Where the inner optimizer owns the masters, gradients are not in `grad`.
+            use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+        )
+
+
+def _know_order(optimizer: distrib_optimizer.DistributedOptimizer) -> None:
+    """Where each parameter's state is: Megatron puts the fp32 ones of a group before the others,
+    and forgets it when it saves and loads."""
+    groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
+    for number, (fp32, others) in enumerate(groups):
+        for order, parameter in enumerate([*fp32, *others]):
+            optimizer.model_param_group_index_map[parameter] = (number, order)
+
+
+@torch.no_grad()
+def _make_hybrid_state(optimizer: HybridDeviceOptimizer, config: Any = None) -> None:
+    """Moments and master weights as before the first update, which Megatron cannot make itself."""
+    for each in optimizer.sub_optimizers:
+        for group in each.param_groups:
+            for param in group["params"]:
+                state = each.state[param]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(param)
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+                    if isinstance(each, torch.optim.Adam | torch.optim.AdamW):
+                        state["step"] = torch.tensor(0.0)
+    optimizer._sync_sub_optimizers_state_to_hdo()
+
+
 def build_optimizer(
     config: Config, chunks: Sequence[DistributedDataParallel], device: Device
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
@@ -111,9 +155,18 @@ def build_optimizer(
             bf16=config.model.bf16,
             params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
             use_distributed_optimizer=ours.use_distributed_optimizer,
+            **precision.of_optimizer(config),
         ),
         list(chunks),
     )
+    for part in parts(optimizer):
+        if isinstance(part, distrib_optimizer.DistributedOptimizer) and not part.is_stub_optimizer:
+            _know_order(part)
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            part.init_state_fn = _make_hybrid_state
+            # Classes among the settings, which a checkpoint could be saved with but not loaded.
+            for group in part.optimizer.param_groups:
+                del group["cpu_optimizer_cls"], group["gpu_optimizer_cls"]
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

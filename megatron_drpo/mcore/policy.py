@@ -5,9 +5,9 @@ In: rows of tokens (`types.Row`). Out: log-probs (`score`), rows that know the b
 One forward pass serves scoring and training.
 
 How the loss is scaled, once: row i returns `sum_t weight_t * loss_t` and the integer `num_items`;
-Megatron adds both over rows and data-parallel ranks (`calculate_per_token_loss`) and divides the
-gradients by the total of `num_items` once. So the loss is one sum over one global denominator,
-whatever the number of rows or ranks.
+Megatron adds both over rows and over data- and context-parallel ranks (`calculate_per_token_loss`)
+and divides the gradients by the total of `num_items` once. So the loss is one sum over one global
+denominator, whatever the number of rows or ranks.
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
 from megatron_drpo.checkpoint.families import Architecture
 from megatron_drpo.config import Config
+from megatron_drpo.context_parallel import sequence_bounds, share_row
 from megatron_drpo.device import Device
+from megatron_drpo.mcore import precision
 from megatron_drpo.mcore.attention import row_layout
 from megatron_drpo.mcore.model import (
     PolicyModel,
@@ -42,14 +46,16 @@ from megatron_drpo.mcore.model import (
     use_batch_invariant_kernels,
     use_transformer_engine,
 )
-from megatron_drpo.mcore.optimizer import build_optimizer
+from megatron_drpo.mcore.optimizer import build_optimizer, clip_gradients
 from megatron_drpo.mcore.parallel import Layout
+from megatron_drpo.mcore.routing import Routing
 from megatron_drpo.mcore.weights import load
 from megatron_drpo.metrics import TokenDiagnostics
 from megatron_drpo.objectives import build_objective
 from megatron_drpo.packing import pack
+from megatron_drpo.plan.flops import attention_cost
 from megatron_drpo.row_loss import OutputLayer, check_finite, fused_loss, plain_loss, score
-from megatron_drpo.types import Row, Trajectory
+from megatron_drpo.types import Row, RowShare, Trajectory
 from megatron_drpo.vocab_parallel import TokenScores, kept_to
 
 
@@ -82,15 +88,23 @@ class Policy:
         """Optimizer updates that the weights have received: the policy's version."""
         self.verified = ""
         """What the weights were compared with when they were loaded, for people."""
-        self._thd = use_transformer_engine(config.model)
+        replays = config.moe.moe_routing_replay != "off"
+        self.routing = [Routing(model, layout) for model in self.models] if replays else []
+        """Of each chunk: the experts that tokens are routed to, recorded and replayed."""
+        # Transformer Engine's ring over the parts of a row has no sliding window.
+        windowed_parts = layout.cp_size > 1 and architecture.sliding_window is not None
+        self._thd = use_transformer_engine(config.model) and not windowed_parts
         self.objective = build_objective(config.objective)
         chunk_mib = config.train.output_chunk_mib
         self._output = OutputLayer(
             vocab_size=architecture.vocab_size,
             temperature=config.rollout.rollout_temperature,
             group=layout.tp_group,
+            context_group=layout.cp_group if layout.cp_size > 1 else None,
+            sequence_parallel=layout.sequence_parallel,
             chunk_bytes=None if chunk_mib is None else chunk_mib << 20,
         )
+        self._offloading = precision.ActivationOffloading(config.memory)
         self._behaviour_weight: Tensor | None = None
         """The output layer's weight that generated the batch, where the objective needs it."""
 
@@ -150,8 +164,8 @@ class Policy:
         """Gradient buffers and optimizer; master weights are copied from the loaded weights."""
         megatron_config: Any = self.models[0].config
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
             use_distributed_optimizer=self.config.optimizer.use_distributed_optimizer,
+            **precision.of_gradients(self.config),
         )
         self.chunks = [
             DistributedDataParallel(
@@ -174,7 +188,27 @@ class Policy:
     def pack(self, trajectories: Sequence[Trajectory]) -> list[Row]:
         """This replica's rows of a batch, for `score` and `forward_backward`.
 
-        All replicas have equally many, and all rows are of one length, as the schedule needs.
+        Under context parallelism they are this rank's parts of its replica's rows.
+        """
+        return self.own_rows(self.pack_replicas(trajectories))
+
+    def own_rows(self, replicas: Sequence[Sequence[Row]]) -> list[Row]:
+        """This rank's part of what `pack_replicas` returned."""
+        layout = self.layout
+        rows = [share_row(row, layout.cp_rank, layout.cp_size) for row in replicas[layout.dp_rank]]
+        if self.config.moe.moe_routing_replay != "rollout":
+            return [replace(row, experts=None) for row in rows]
+        own = [number for chunk in self.routing for number in chunk.layers]
+        return [
+            row if row.experts is None else replace(row, experts=row.experts[:, own])
+            for row in rows
+        ]
+
+    def pack_replicas(self, trajectories: Sequence[Trajectory]) -> list[list[Row]]:
+        """The rows of every replica, whole; the same on all ranks.
+
+        All replicas have equally many, and in a pipeline all rows are of one length, as the
+        schedule needs.
         """
         layout, config = self.layout, self.config
         return pack(
@@ -185,7 +219,21 @@ class Policy:
             rows_multiple=layout.pp_size if layout.vp_size > 1 else 1,
             aggregation=config.objective.loss_aggregation,
             horizon=config.loss_token_horizon,
-        )[layout.dp_rank]
+            pad_multiple=self.row_multiple,
+            sequence_multiple=2 * layout.cp_size if layout.cp_size > 1 else 1,
+            one_length=layout.pp_size > 1,
+            attention=attention_cost(self.architecture),
+        )
+
+    @property
+    def row_multiple(self) -> int:
+        """What the tokens of a row are a multiple of.
+
+        Context parallelism shares them out, and sequence parallelism those of a rank.
+        """
+        layout = self.layout
+        split = layout.tp_size if layout.sequence_parallel else 1
+        return layout.cp_size * math.lcm(16, split * self.config.precision.row_multiple)
 
     @torch.no_grad()
     def annotate(self, updates: Sequence[Sequence[Row]]) -> list[list[Row]]:
@@ -193,7 +241,8 @@ class Policy:
 
         To be called before the first update of the batch. On the last stage every row receives the
         trainer's log-probs, the reference model's, and the hidden states of those whose whole
-        distribution the objective compares with; on other stages rows stay as they are.
+        distribution the objective compares with; on every stage, with `--moe-routing-replay score`,
+        the experts that its tokens were routed to.
 
         Raises:
             RolloutError: a behaviour log-prob is not finite: the sampler gave the token it drew no
@@ -213,8 +262,16 @@ class Policy:
                     "the behaviour policy's",
                     "the sampler gave it no probability; look at the engine or the rollouts file",
                 )
-            old = self._run_schedule(self.chunks, rows, self._score_old, forward_only=True)
+            taken: list[list[Tensor]] = []
+            if self.config.moe.moe_routing_replay == "score":
+                taken = [[] for _ in self.chunks]
+            old = self._run_schedule(
+                self.chunks, rows, self._score_old, forward_only=True, taken=taken
+            )
             known = old or [{}] * len(rows)
+            if taken:
+                experts = [torch.cat(parts, 1) for parts in zip(*taken, strict=True)]
+                known = [a | {"experts": b} for a, b in zip(known, experts, strict=True)]
             if self.reference:
                 found = self._run_schedule(
                     self.reference, rows, self._score_reference, forward_only=True
@@ -231,14 +288,17 @@ class Policy:
         """Gradients of the objective over this replica's rows, and all replicas' through Megatron.
 
         Returns:
-            The global loss on every rank, and on the last stage the diagnostics of this replica's
-            loss tokens (None elsewhere).
+            The global loss on every rank, and on the last stage the diagnostics of the rows' loss
+            tokens (None elsewhere).
         """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run_schedule(self.chunks, rows, self._train_loss, forward_only=False)
+        for routing in self.routing:
+            routing.forget()
+        with self._offloading.step(len(rows)):
+            outputs = self._run_schedule(self.chunks, rows, self._train_loss, forward_only=False)
         loss_sum = torch.zeros(2, dtype=torch.float64)
         diagnostics = None
         if self.layout.is_last_stage:
@@ -261,13 +321,21 @@ class Policy:
         if finite:
             clip = self.config.optimizer.clip_grad
             if clip > 0:
-                groups = self.optimizer.param_groups
-                params = [param for group in groups for param in group["params"]]
-                clip_grad_by_total_norm_fp32(params, clip, grad_norm)
+                clip_gradients(self.optimizer, clip, grad_norm)
             self.optimizer.step_with_ready_grads()
             self.num_updates += 1
         self.scheduler.step(increment=1)
         return Update(grad_norm, lr, skipped=not finite)
+
+    def take_routing_differences(self) -> float | None:
+        """Since the last call, the share of replayed choices of experts, one per layer and loss
+        token, that the routers would have made otherwise; collective, None without replay."""
+        if not self.routing:
+            return None
+        counts = [routing.take_counts() for routing in self.routing]
+        totals = torch.tensor(counts, dtype=torch.float64).sum(0)
+        dist.all_reduce(totals, group=self.layout.control_group)
+        return float(totals[0] / totals[1].clamp(min=1))
 
     @torch.no_grad()
     def score(
@@ -292,34 +360,60 @@ class Policy:
     # What the verbs share.
 
     def _run_schedule(
-        self, chunks: Sequence[Any], rows: Sequence[Row], loss_func: Any, *, forward_only: bool
+        self,
+        chunks: Sequence[Any],
+        rows: Sequence[Row],
+        loss_func: Any,
+        *,
+        forward_only: bool,
+        taken: Sequence[list[Tensor]] = (),
     ) -> list:
+        """What `loss_func` makes of each row; on stages but the last, [].
+
+        Args:
+            taken: of each chunk; receives, row by row, the experts that tokens were routed to.
+        """
         device = self.device.torch
         local = [to_device(row, device) for row in rows]
         # Each chunk of an interleaved schedule reads the same rows at its own pace.
         iterators = [iter(local) for _ in chunks]
         schedule: Any = get_forward_backward_func()
         return schedule(
-            forward_step_func=partial(self._forward_step, loss_func),
+            forward_step_func=partial(self._forward_step, loss_func, taken),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=[*chunks] if len(chunks) > 1 else chunks[0],
             num_microbatches=len(rows),
-            seq_length=rows[0].tokens.numel(),
+            # Megatron divides it by the sizes of CP, and TP under SP, for what travels.
+            seq_length=rows[0].tokens.numel() * self.layout.cp_size,
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
-    def _forward_step(self, loss_func, rows: Iterator[Row], chunk, *_):
+    def _forward_step(self, loss_func, taken, rows: Iterator[Row], chunk, *_):
         row = next(rows)
-        return chunk(row.tokens, row.positions, self._layout_of(row)), partial(loss_func, row)
+        number = self.chunks.index(chunk) if self.routing and chunk in self.chunks else None
+        if number is not None:
+            before = sum(len(routing.layers) for routing in self.routing[:number])
+            routing = self.routing[number]
+            own = slice(before, before + len(routing.layers))
+            experts = None if row.experts is None else row.experts[:, own]
+            routing.begin(experts, counted=row.loss_index, record=bool(taken))
+        hidden = chunk(row.tokens, row.positions, self._layout_of(row))
+        if number is not None and taken:
+            # As the rows: on the host until their turn comes.
+            taken[number].append(self.routing[number].recorded().cpu())
+        return hidden, partial(loss_func, row)
 
     def _layout_of(self, row: Row) -> PackedSeqParams:
-        if not self._thd:
-            return row_layout(row.cu_seqlens, row.tokens.numel())
+        layout, count = self.layout, row.tokens.numel()
+        # A row that is not shared out is computed by each context-parallel rank for itself.
+        whole = layout.cp_size > 1 and row.share is None
+        if not self._thd or whole:
+            group = None if row.share is None else layout.cp_group
+            return row_layout(row.cu_seqlens, count, group)
         # Transformer Engine must see every token in a sequence: padding becomes the last one.
-        bounds = row.cu_seqlens
-        if int(bounds[-1]) < row.tokens.numel():
-            bounds = torch.cat([bounds, bounds.new_tensor([row.tokens.numel()])])
+        ends = sequence_bounds(row.cu_seqlens, count * layout.cp_size)
+        bounds = torch.tensor(ends, dtype=torch.int32, device=row.tokens.device)
         longest = int((bounds[1:] - bounds[:-1]).max())
         return PackedSeqParams(
             qkv_format="thd",
@@ -329,7 +423,7 @@ class Policy:
             max_seqlen_kv=longest,
         )
 
-    # What the last stage makes of its hidden states [S, 1, H].
+    # What the last stage makes of its hidden states [S, 1, H], under SP [S / tp, 1, H].
 
     def _score(self, layer: OutputLayer, row: Row, hidden: Tensor):
         scores = score(row, hidden[:, 0], self.models[-1].output_weight(), layer)
@@ -339,7 +433,7 @@ class Policy:
         loss, count, scores = self._score(self._output, row, hidden)
         known = {"old_logprobs": scores.logprobs}
         if self.objective.needs.behaviour_l2:
-            known["behaviour_hidden"] = hidden[row.loss_index, 0]
+            known["behaviour_hidden"] = self._output.all_tokens(hidden[:, 0])[row.loss_index]
         return loss, count, known
 
     def _score_reference(self, row: Row, hidden: Tensor):
@@ -347,7 +441,7 @@ class Policy:
         if self.objective.needs.reference_logprobs:
             known["reference_logprobs"] = score(row, hidden[:, 0], weight, self._output).logprobs
         if self.objective.needs.reference_kl:
-            known["reference_hidden"] = hidden[row.loss_index, 0]
+            known["reference_hidden"] = self._output.all_tokens(hidden[:, 0])[row.loss_index]
         return hidden.new_zeros(()), row_count(row, hidden), known
 
     def _train_loss(self, row: Row, hidden: Tensor):
@@ -365,7 +459,11 @@ class Policy:
             )  # fmt: skip
         else:
             # fp32 as in `gemm.project`, or the ratio of a fresh token would not be 1 in bf16.
-            rows = copy_to_tensor_model_parallel_region(hidden[row.loss_index, 0].float())
+            rows = hidden[:, 0].float()
+            if self.layout.sequence_parallel:
+                rows = gather_from_sequence_parallel_region(rows)[row.loss_index]
+            else:
+                rows = copy_to_tensor_model_parallel_region(rows[row.loss_index])
             logits = torch.nn.functional.linear(rows, weight.float())
             loss, diagnostics = plain_loss(row, logits, self._output, self.objective, **others)
         return loss, row_count(row, hidden), (loss.detach(), diagnostics)
@@ -382,4 +480,7 @@ def to_device(row: Row, device: torch.device) -> Row:
     moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
     if row.kept_ids is not None:
         moved["kept_ids"] = kept_to(row.kept_ids, device)
+    if row.share is not None:
+        share = {name: value.to(device) for name, value in vars(row.share).items()}
+        moved["share"] = RowShare(**share)
     return replace(row, **moved)

@@ -7,13 +7,14 @@ one error on every rank: none goes on into a collective where another has stoppe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from torch import nn
 
 from megatron_drpo.checkpoint.families import Architecture
 from megatron_drpo.checkpoint.manifest import FILE, Weights, check_manifest, read_manifest
-from megatron_drpo.checkpoint.model_weights import export_hf, load_weights
+from megatron_drpo.checkpoint.model_weights import Places, export_hf, load_weights
 from megatron_drpo.checkpoint.resume import STATE, damaged_files, read_state
 from megatron_drpo.checkpoint.torch_dist import open_weights
 from megatron_drpo.errors import CheckpointError
@@ -56,15 +57,7 @@ def load(
 
     def fill() -> list[str]:
         with open_weights(source, architecture) as weights:
-            load_weights(
-                weights,
-                architecture,
-                models,
-                tp_rank=layout.tp_rank,
-                tp_size=layout.tp_size,
-                ep_rank=layout.ep_rank,
-                ep_size=layout.ep_size,
-            )
+            load_weights(weights, architecture, models, places_of(layout))
         return []
 
     raise_everywhere(layout, check, "or use --no-verify-weights if you know why")
@@ -79,20 +72,15 @@ def export(
     models: Sequence[nn.Module],
     layout: Layout,
     *,
-    run: str = "",
+    run: str | None = None,
 ) -> None:
     """`model_weights.export_hf` of chunks in this layout; collective over all ranks."""
-    export_hf(
-        path,
-        settings,
-        architecture,
-        models,
-        tp_group=layout.tp_group,
-        pp_group=layout.pp_group,
-        ep_group=layout.ep_group,
-        dp_rank=layout.dp_rank,
-        run=run,
-    )
+    export_hf(path, settings, architecture, models, places_of(layout), run=run)
+
+
+def places_of(layout: Layout) -> Places:
+    """What `checkpoint.model_weights` needs of a layout, which has it under the same names."""
+    return Places(**{field.name: getattr(layout, field.name) for field in fields(Places)})
 
 
 def raise_everywhere(

@@ -191,6 +191,7 @@ class Canary:
             rows_multiple=layout.pp_size if layout.vp_size > 1 else 1,
             aggregation="token-mean",
             horizon=TOKENS,
+            pad_multiple=self._policy.row_multiple,
         )[0]
 
     def _score(self, rows: Sequence[Row], temperature: float) -> TokenScores:

@@ -34,6 +34,8 @@ class Sampling:
     """Likeliest ids recorded at each token; 0 is off. Not together with truncation."""
     stop_strings: tuple[str, ...] = ()
     """A response ends with the token that completes one of these in its text."""
+    record_experts: bool = False
+    """Record the experts that each token is routed to."""
 
     @property
     def truncated(self) -> bool:
@@ -41,7 +43,9 @@ class Sampling:
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
 
 
-def sampling_of(config: RolloutConfig, stop_ids: tuple[int, ...], seed: int) -> Sampling:
+def sampling_of(
+    config: RolloutConfig, stop_ids: tuple[int, ...], seed: int, *, record_experts: bool = False
+) -> Sampling:
     """How the flags of rollouts say that responses are drawn."""
     return Sampling(
         temperature=config.rollout_temperature,
@@ -52,6 +56,7 @@ def sampling_of(config: RolloutConfig, stop_ids: tuple[int, ...], seed: int) -> 
         seed=seed,
         record_topk=config.rollout_topk,
         stop_strings=config.rollout_stop_strings,
+        record_experts=record_experts,
     )
 
 
@@ -90,6 +95,8 @@ class Completion:
     """Of R tokens, on the CPU, where `Sampling.truncated`."""
     version_spans: tuple[tuple[int, int], ...] = ()
     """As in `Rollout`: (tokens, policy version) where the weights changed on the way."""
+    experts: Tensor | None = None
+    """As in `Rollout`, on the CPU, with `record_experts`."""
 
 
 class RolloutEngine(Protocol):

@@ -11,13 +11,15 @@ A line, the fields from `answer` on being optional:
      "response": "42", "response_ids": [8, 6, 2], "behaviour_logprobs": [-0.21, -0.05, -0.01],
      "finish_reason": "stop", "policy_version": 4, "answer": "42", "metadata": {}, "reward": 1.0,
      "kept_ids": [[8, 3], [6], []], "version_spans": [[2, 4], [1, 5]], "loss_mask": [true, ...],
-     "topk_ids": [[8, 3], ...], "topk_logprobs": [[-0.21, -1.9], ...]}
+     "topk_ids": [[8, 3], ...], "topk_logprobs": [[-0.21, -1.9], ...],
+     "experts": {"shape": [8, 48, 8], "base64": "AwABA..."}}
 
 The first line of a file may be a `FileHeader` instead, with the field `rollouts`.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import fcntl
@@ -36,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,6 +75,7 @@ _FIELDS = _REQUIRED | {
     "loss_mask": list,
     "topk_ids": list,
     "topk_logprobs": list,
+    "experts": dict,
 }
 
 Pair = tuple[Rollout, float | None]
@@ -407,6 +411,12 @@ def _line(rollout: Rollout, reward: float | None) -> dict[str, Any]:
         value = getattr(rollout, name)
         if value is not None:
             line[name] = value.tolist()
+    if rollout.experts is not None:
+        values = rollout.experts.numpy().astype(_EXPERTS_TYPE).tobytes()
+        line["experts"] = {
+            "shape": [*rollout.experts.shape],
+            "base64": base64.b64encode(values).decode("ascii"),
+        }
     return line
 
 
@@ -681,10 +691,41 @@ def _parse(
         kept_ids=kept_ids,
         version_spans=_version_spans(line, response_ids.numel()),
         loss_mask=None if all(mask) else torch.tensor(mask),
+        experts=_experts(line, length),
     )
     if failed:
         reward = math.nan
     return _Read(file, number, rollout, None if reward is None else float(reward))
+
+
+_EXPERTS_TYPE = "<u2"
+"""Numbers of experts in a file: unsigned, of two bytes, the lower one first."""
+
+
+def _experts(line: dict[str, Any], length: int) -> Tensor | None:
+    """int16 [P + R - 1, layers, k], if the line has `experts`; `length` is P + R."""
+    if "experts" not in line:
+        return None
+    field = line["experts"]
+    try:
+        shape, values = field["shape"], base64.b64decode(field["base64"], validate=True)
+        experts = np.frombuffer(values, _EXPERTS_TYPE).reshape(shape)
+        found, layers, k = experts.shape
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            '`experts` must be {"shape": [tokens, layers, experts per token], "base64": numbers of '
+            f"two bytes each}} ({error})"
+        ) from error
+    if found != length - 1 or not layers or not k:
+        raise DataError(
+            f"`experts` has the shape {shape}; prompt and response have {length} tokens, and all "
+            f"but the last were routed: must be [{length - 1}, layers, experts per token]"
+        )
+    if experts.max() > np.iinfo(np.int16).max:
+        raise DataError(f"`experts` holds {experts.max()}; the last number there can be is 32767")
+    if (np.diff(np.sort(experts, -1), axis=-1) == 0).any():
+        raise DataError("`experts` names an expert twice for one token and layer")
+    return torch.from_numpy(experts.astype(np.int16))
 
 
 _NAMES = {

@@ -11,9 +11,9 @@ Pipeline stages work at the same time: the slots form as many groups as there ar
 each tick every stage computes another group's pass (`Session._tick`). What a group draws at the end
 of one tick it can compute at the beginning of the next, when its turn has come again.
 
-Where experts are shared out (EP), every forward pass exchanges tokens between the replicas of an
-expert-parallel group. They then step together: a replica that has finished keeps passing idle rows
-through the model until all have.
+Where replicas share the experts (EP, expert TP), every forward pass exchanges tokens between them.
+They then step together: a replica that has finished keeps passing idle rows through the model until
+all have. The ranks of a context-parallel group are replicas like any others here.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_drpo.errors import RolloutError
+from megatron_drpo.mcore.attention import DecodeLayout, PrefillLayout
 from megatron_drpo.mcore.dense import forward_of
 from megatron_drpo.mcore.policy import Policy
 from megatron_drpo.rollout.engine import Completion, Request, Sampling
-from megatron_drpo.rollout.memory import slots_within
+from megatron_drpo.rollout.memory import rows_multiple, slots_within
 from megatron_drpo.rollout.scheduler import Drawn, Job, Pass, SlotGroup
 from megatron_drpo.types import KeptIds, Prompt, Rollout, Trajectory
 from megatron_drpo.vocab_parallel import project, sample, vocab_parallel_topk
@@ -95,16 +96,20 @@ class Session:
         self._device = self._policy.device.torch
         if sampling.stop_strings and engine.decode is None:
             raise RolloutError("--rollout-stop-strings: the engine was given no tokenizer")
+        assert self._policy.routing or not sampling.record_experts, "--moe-routing-replay is off"
         for model in self._policy.models:
             model.eval()
         self._forwards = [forward_of(model) for model in self._policy.models]
         groups = self._layout.pp_size
+        self._multiple = rows_multiple(self._policy.config)
         self._groups = [
             SlotGroup(
                 sampling,
                 (engine.max_slots + groups - 1 - number) // groups,
                 self._slots_at,
                 self._device,
+                multiple=self._multiple,
+                routing=self._routing_shape,
                 exact=engine.exact,
                 decode=engine.decode,
             )
@@ -205,10 +210,12 @@ class Session:
             pp_size=self._layout.pp_size,
             element_bytes=self._policy.models[0].config.params_dtype.itemsize,
             length=length,
+            multiple=self._multiple,
         )
 
     def _nothing(self) -> Completion:
         topk = self.sampling.record_topk
+        experts = torch.empty((0, *self._routing_shape), dtype=torch.int16)
         likeliest = torch.empty((0, topk), dtype=torch.long), torch.empty((0, topk))
         kept = KeptIds(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.long))
         return Completion(
@@ -217,7 +224,14 @@ class Session:
             "abort",
             *(likeliest if topk else ()),
             kept_ids=kept if self.sampling.truncated else None,
+            experts=experts if self.sampling.record_experts else None,
         )
+
+    @property
+    def _routing_shape(self) -> tuple[int, int]:
+        """(layers, experts per token)."""
+        architecture = self._policy.architecture
+        return architecture.num_layers, architecture.num_experts_per_token
 
     # Passes through the stages.
 
@@ -257,7 +271,19 @@ class Session:
 
     def _run(self, work: Pass, chunk: int) -> Tensor:
         """Hidden states [S, 1, H] after one chunk of the model."""
-        return self._forwards[chunk](work.tokens, work.positions, work.layout, self._hidden)
+        record, layout = self.sampling.record_experts, work.layout
+        routing = self._policy.routing[chunk] if self._policy.routing else None
+        if routing:
+            routing.begin(record=record)
+        out = self._forwards[chunk](work.tokens, work.positions, layout, self._hidden)
+        if routing and record:
+            assert isinstance(layout, PrefillLayout | DecodeLayout)
+            experts = layout.cache.experts
+            assert experts is not None
+            layers = torch.tensor(routing.layers, device=self._device)
+            where = layout.slots[:, None], layout.positions[:, None], layers
+            experts[where] = routing.recorded()
+        return out
 
     def _exchange(self, out: Tensor | None, coming: Pass | None) -> None:
         """Send `out` to the next stage, and receive the input of `coming` from the one before."""
@@ -338,6 +364,8 @@ class Session:
     def _finish(self, ended: list[tuple[Job, Completion]]) -> None:
         if ended and self.sampling.truncated and self._layout.pp_size > 1:
             ended = self._share_kept(ended)
+        if ended and self.sampling.record_experts:
+            ended = self._share_experts(ended)
         self._finished += [(job.number, completion) for job, completion in ended]
 
     def _share_kept(self, ended: list[tuple[Job, Completion]]) -> list[tuple[Job, Completion]]:
@@ -358,6 +386,21 @@ class Session:
         return [
             (job, replace(completion, kept_ids=KeptIds(part_ids, part)))
             for (job, completion), part_ids, part in zip(ended, ids_by_job, by_job, strict=True)
+        ]
+
+    def _share_experts(self, ended: list[tuple[Job, Completion]]) -> list[tuple[Job, Completion]]:
+        """The experts of `ended` in all layers: a stage has recorded those of its own."""
+        parts = [part.experts for _, part in ended if part.experts is not None]
+        experts = torch.cat(parts)
+        if self._layout.pp_size > 1:
+            message = experts.int().to(self._device)
+            dist.all_reduce(message, group=self._layout.draw_group)
+            experts = message.cpu()
+        fits = self._policy.architecture.num_experts <= 1 << 8
+        experts = experts.to(torch.uint8 if fits else torch.int16).split([len(p) for p in parts])
+        return [
+            (job, replace(completion, experts=part.clone()))
+            for (job, completion), part in zip(ended, experts, strict=True)
         ]
 
 
@@ -402,6 +445,7 @@ def probe_exact(policy: Policy, engine: InProcessEngine) -> ExactProbe:
         response,
         stop_ids=(),
         seed=0,
+        record_experts=config.moe.moe_routing_replay == "rollout",
     )
     requests = [Request(prompt, stream) for stream, prompt in enumerate(prompts)]
     trajectories = [
@@ -415,6 +459,7 @@ def probe_exact(policy: Policy, engine: InProcessEngine) -> ExactProbe:
                 policy_version=policy.num_updates,
                 response_text="",
                 kept_ids=completion.kept_ids,
+                experts=completion.experts,
             ),
             reward=0.0,
             advantage=0.0,

@@ -43,8 +43,12 @@ def slots_within(
     pp_size: int,
     element_bytes: int,
     length: int,
+    multiple: int = 1,
 ) -> int:
     """Slots of each of the `pp_size` groups of slots that `cache_bytes` have room for.
+
+    Args:
+        multiple: of which their number is, see `rows_multiple`; the others as `kv_cache_bytes`.
 
     Raises:
         RolloutError: there is no room for the fewest that a group can have.
@@ -57,9 +61,9 @@ def slots_within(
         slots=1,
         length=length,
     )
-    slots = cache_bytes // slot // pp_size
+    slots = cache_bytes // slot // pp_size // multiple * multiple
     if slots < MIN_ROWS:
-        least = pp_size * MIN_ROWS
+        least = pp_size * round_up(MIN_ROWS, multiple)
         raise RolloutError(
             f"--rollout-kv-cache-gib {cache_bytes / 2**30:.3g}: {least} responses of {length} "
             f"tokens are the least, and take {least * slot / 2**30:.3g} GiB; raise it, or lower "
@@ -83,4 +87,13 @@ def planned_slots(config: Config, architecture: Architecture, prompt_length: int
         pp_size=config.parallel.pipeline_model_parallel_size,
         element_bytes=2 if config.model.bf16 else 4,
         length=prompt_length + config.rollout.rollout_max_response_length,
+        multiple=rows_multiple(config),
     )
+
+
+def rows_multiple(config: Config) -> int:
+    """Of which the tokens of every pass are: sequence parallelism shares them out evenly, and
+    products of few bits want whole blocks of them on each rank."""
+    parallel = config.parallel
+    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return ranks * config.precision.row_multiple

@@ -103,6 +103,8 @@ class SlotGroup:
     Args:
         max_slots: responses at the same time.
         slots_at: how many the memory has room for, of so many positions each.
+        multiple: of which the tokens of a pass are.
+        routing: (layers of the model, experts per token), where experts are recorded.
         exact: see `DecodeLayout`.
         decode: text of token ids; needed with stop strings.
     """
@@ -114,16 +116,20 @@ class SlotGroup:
         slots_at: Callable[[int], int],
         device: torch.device,
         *,
+        multiple: int,
+        routing: tuple[int, int],
         exact: bool,
         decode: Callable[[list[int]], str] | None,
     ) -> None:
         self.sampling, self.device, self.exact = sampling, device, exact
+        self._multiple = multiple
         self.jobs: list[Job] = []
         """Of each slot in use."""
         self._max_slots, self._slots_at, self._decode = max_slots, slots_at, decode
         self._filling: list[tuple[Job, int]] = []
         """What the pass on its way adds to the cache: the job, and how many tokens."""
-        self._cache = KVCache(0, 0)
+        experts = torch.empty((0, 0, *routing), dtype=torch.int16, device=device)
+        self._cache = KVCache(0, 0, experts=experts if sampling.record_experts else None)
         self._stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long, device=device)
         topk = sampling.record_topk
 
@@ -157,8 +163,9 @@ class SlotGroup:
     def idle(self) -> Pass:
         """A pass that leaves nothing behind, for a group that has nothing to do."""
         assert not self.jobs
-        self._reserve(MIN_ROWS, KEY_BLOCK, 0)
-        zeros = torch.zeros(MIN_ROWS, dtype=torch.long, device=self.device)
+        rows = self._rows(0)
+        self._reserve(rows, KEY_BLOCK, 0)
+        zeros = torch.zeros(rows, dtype=torch.long, device=self.device)
         return self._decode_pass(zeros, zeros, 0)
 
     def _admit(self, pending: deque[Job], share: int) -> None:
@@ -197,7 +204,7 @@ class SlotGroup:
         rows, length = self._cache.num_slots, max(length, self._cache.length)
         if slots > rows:  # twice as many, so that one after the other costs no copy each
             rows = max(slots, 2 * rows, MIN_ROWS)
-        rows = min(rows, max(min(self._max_slots, self._slots_at(length)), MIN_ROWS))
+        rows = self._rows(min(rows, max(min(self._max_slots, self._slots_at(length)), MIN_ROWS)))
         columns = max(self._ids.size(1), tokens)
         if (rows, length) != (self._cache.num_slots, self._cache.length):
             self._cache.resize(rows, length)
@@ -209,6 +216,10 @@ class SlotGroup:
                 part = tuple(slice(min(a, b)) for a, b in zip(old.shape, size, strict=False))
                 new[part] = old[part]
                 setattr(self, name, new)
+
+    def _rows(self, count: int) -> int:
+        """Tokens of a pass that computes `count`."""
+        return round_up(max(count, MIN_ROWS), self._multiple)
 
     def _fill(self) -> Pass | None:
         """The next pieces of prompts, None if all of them are in the cache."""
@@ -235,8 +246,8 @@ class SlotGroup:
                 for piece in pieces
             ]
         )
-        if tokens.numel() < MIN_ROWS:
-            tokens = torch.cat([tokens, tokens[:1].expand(MIN_ROWS - tokens.numel())])
+        if missing := self._rows(tokens.numel()) - tokens.numel():
+            tokens = torch.cat([tokens, tokens[:1].expand(missing)])
         layout = prefill_layout(pieces, tokens.numel(), self._cache, self.device)
         return Pass(tokens.to(self.device), layout.positions, layout, 0)
 
@@ -260,8 +271,9 @@ class SlotGroup:
         """The token of every response that comes next."""
         count = len(self.jobs)
         tokens, positions = self._last[:count], self._position[:count]
-        missing = MIN_ROWS - count
-        if missing > 0:  # slots that nobody has: what these rows write there is never read
+        if (
+            missing := self._rows(count) - count
+        ):  # slots that nobody has: what these rows write there is never read
             tokens, positions = (F.pad(part, (0, missing)) for part in (tokens, positions))
         return self._decode_pass(tokens, positions, count)
 
@@ -343,10 +355,13 @@ class SlotGroup:
             done.tolist(), lengths, reasons, columns, strict=True
         ):
             ids, logprobs, *topk = (part[:length].clone() for part in parts)
+            job, experts = self.jobs[slot], self._cache.experts
+            if experts is not None:  # of what was computed: all tokens but the last
+                experts = experts[slot, : job.filled + length].to("cpu", copy=True)
             completion = Completion(
-                ids, logprobs, reason, *topk, kept_ids=_kept_ids(self.jobs[slot])
+                ids, logprobs, reason, *topk, kept_ids=_kept_ids(job), experts=experts
             )
-            finished.append((self.jobs[slot], completion))
+            finished.append((job, completion))
         self._compact(done)
         return finished
 

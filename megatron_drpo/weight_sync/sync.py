@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_drpo.checkpoint.families import Architecture
@@ -33,7 +32,7 @@ from megatron_drpo.weight_sync.group import Meeting, TransferGroup, listen
 
 if TYPE_CHECKING:
     from megatron_drpo.mcore.parallel import Layout
-from megatron_drpo.mcore.weights import export
+from megatron_drpo.mcore.weights import export, places_of
 
 BUCKET_BYTES = 256 << 20
 """Of tensors under way at a time."""
@@ -110,7 +109,7 @@ class DiskSync:
     def sync(self, version: int) -> Synced:
         """As `WeightSync`."""
         model, layout = self._model, self._model.layout
-        path, problems = self._directory / f"version-{version}", list[str]()
+        path = self._directory / f"version-{version}"
         try:
             export(
                 path,
@@ -120,9 +119,8 @@ class DiskSync:
                 layout,
                 run=f"weight sync, version {version}",
             )
-        except CheckpointError as error:  # on the replicas that write; the others must know
-            problems.append(f"--weight-sync disk: {error}")
-        layout.raise_together(problems, CheckpointError)
+        except CheckpointError as error:
+            raise CheckpointError(f"--weight-sync disk: {error}") from error
         failures = None
         if self._fleet:
             update = DiskUpdate(str(path), version)
@@ -184,15 +182,7 @@ class CollectiveSync:
             except RolloutError as error:
                 problems.append(str(error))
         model.layout.raise_together(problems, RolloutError)
-        layout = model.layout
-        self._tensors = FullTensors(
-            model.architecture,
-            model.chunks,
-            tp_group=layout.tp_group,
-            ep_group=layout.ep_group,
-            world=dist.group.WORLD if layout.world_size > 1 else None,
-            dp_rank=layout.dp_rank,
-        )
+        self._tensors = FullTensors(model.architecture, model.chunks, places_of(model.layout))
 
     def sync(self, version: int) -> Synced:
         """As `WeightSync`."""

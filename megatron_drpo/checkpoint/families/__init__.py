@@ -5,9 +5,6 @@ the model, and a `Family`, with which weights are converted. A family is one dec
 (`llama.py`, `mixtral.py`, ...) in the words of `table.py`; `rope.py` has the frequencies of rotary
 embeddings. A key of config.json is implemented, known to change nothing, or an error: nothing that
 alters the model is passed over.
-
-A sliding window is implemented as a shorter longest sequence: a token sees the last `window`
-tokens, itself included, which are all of them in a sequence of at most `window` tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from megatron_drpo.checkpoint.families.mixtral import MIXTRAL
 from megatron_drpo.checkpoint.families.qwen2 import QWEN2
 from megatron_drpo.checkpoint.families.qwen3 import QWEN3
 from megatron_drpo.checkpoint.families.qwen3_moe import QWEN3_MOE
-from megatron_drpo.checkpoint.families.rope import rotary_frequencies
+from megatron_drpo.checkpoint.families.rope import rotary_frequencies, yarn_attention_factor
 from megatron_drpo.checkpoint.families.table import (
     Architecture,
     Entry,
@@ -105,12 +102,17 @@ def _is_stretch(value: Any) -> bool:
     return _is_positive(value) and value >= 1
 
 
+_BOOL = (_is_bool, "true or false")
 _POSITIVE = (_is_positive, "a number above 0")
 _FACTOR = (_is_stretch, "a number of at least 1")
 _SIZE = (_is_size, "a whole number of at least 1")
+_NOT_NEGATIVE = (lambda value: value == 0 or _is_positive(value), "a number of at least 0")
+_Need = tuple[Callable[[Any], bool], str]
 # Parameters of each rope_type: what holds for them, and how that is said.
-_ROPE_PARAMETERS: dict[Any, dict[str, tuple[Callable[[Any], bool], str]]] = {
+_ROPE_PARAMETERS: dict[Any, dict[str, _Need]] = {
     "default": {},
+    # It begins to stretch beyond max_position_embeddings, where no sequence gets.
+    "dynamic": {"factor": _FACTOR},
     "linear": {"factor": _FACTOR},
     "llama3": {
         "factor": _FACTOR,
@@ -118,12 +120,41 @@ _ROPE_PARAMETERS: dict[Any, dict[str, tuple[Callable[[Any], bool], str]]] = {
         "high_freq_factor": _POSITIVE,
         "original_max_position_embeddings": _SIZE,
     },
+    "yarn": {
+        "factor": _FACTOR,
+        "original_max_position_embeddings": _SIZE,
+        "beta_fast": _POSITIVE,
+        "beta_slow": _POSITIVE,
+        "truncate": _BOOL,
+        "attention_factor": _POSITIVE,
+        "mscale": _NOT_NEGATIVE,
+        "mscale_all_dim": _NOT_NEGATIVE,
+    },
+}
+# What transformers takes where one is missing, besides the model's own length for the original one
+# and an attention factor that follows from the others.
+_ROPE_DEFAULTS: dict[Any, dict[str, Any]] = {
+    "yarn": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "truncate": True,
+        "mscale": 0,
+        "mscale_all_dim": 0,
+    }
+}
+# The two that enclose the passage from frequencies that are divided to those that are not.
+_ROPE_PASSAGE: dict[Any, tuple[str, str]] = {
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": ("beta_slow", "beta_fast"),
 }
 
 
 def family_of(architecture: Architecture) -> Family:
-    """The family that an architecture names."""
-    return next(family for family in FAMILIES if family.name == architecture.family)
+    """The family that an architecture names, with all parameters of that architecture's layers."""
+    family = next(family for family in FAMILIES if family.name == architecture.family)
+    if architecture.add_bias_linear:
+        return replace(family, layer=family.layer + family.biases)
+    return family
 
 
 def differences(one: Architecture, other: Architecture) -> list[str]:
@@ -188,10 +219,21 @@ def read_architecture(directory: str | Path) -> Architecture:
         key = family.sizes["num_experts_per_token"]
         problems.append(f"{key}: {chosen}; must be at most the number of experts {experts}")
     rotary_base, rope_scaling = _rotary(config, family, problems)
-    longest, window = sizes["max_position_embeddings"], _window(config, family, problems)
-    if window is not None and _is_size(longest):
-        sizes["max_position_embeddings"] = min(longest, window)
-    normalize = take("norm_topk_prob", _is_bool, "true or false", family.normalize_router_weights)
+    longest = sizes["max_position_embeddings"]
+    if rope_scaling is not None and rope_scaling.kind == "yarn" and _is_size(longest):
+        # Who follows Qwen's advice leaves the model's own key at the length before stretching.
+        stretched = rope_scaling.factor * rope_scaling.original_max_position_embeddings
+        longest = sizes["max_position_embeddings"] = max(longest, int(stretched))
+    window, sliding_layers = _sliding(config, family, problems)
+    if window is None or not sliding_layers or (_is_size(longest) and window >= longest):
+        window, sliding_layers = None, ()
+    biases = [take(key, *_BOOL, False) for key in ("attention_bias", "mlp_bias") if family.biases]
+    if biases and biases[0] != biases[1]:
+        problems.append(
+            f"attention_bias: {biases[0]!r} beside mlp_bias: {biases[1]!r} is not implemented; "
+            "must be both true or both false"
+        )
+    normalize = take("norm_topk_prob", *_BOOL, family.normalize_router_weights)
     if chosen == 1 and "num_experts" in sizes and normalize is True:
         problems.append(
             f"{family.sizes['num_experts_per_token']}: 1 is not implemented with normalised router "
@@ -205,10 +247,13 @@ def read_architecture(directory: str | Path) -> Architecture:
         norm_epsilon=take("rms_norm_eps", *_POSITIVE, family.norm_epsilon),
         rotary_base=rotary_base,
         rope_scaling=rope_scaling,
-        tie_word_embeddings=take("tie_word_embeddings", _is_bool, "true or false", False),
+        tie_word_embeddings=take("tie_word_embeddings", *_BOOL, False),
         qk_layernorm=family.qk_layernorm,
         add_qkv_bias=family.add_qkv_bias,
         normalize_router_weights=normalize,
+        sliding_window=window,
+        sliding_layers=sliding_layers,
+        add_bias_linear=any(biases),
         hf_dtype=take(
             spelled("dtype"),
             lambda value: value in _DTYPES,
@@ -254,6 +299,7 @@ def _family(path: Path, config: dict[str, Any]) -> Family:
 def _unsupported(config: dict[str, Any], family: Family) -> list[str]:
     """Problems with the keys that must have one value, or that nobody here knows."""
     only = _ONLY | {"model_type": family.name} | dict(family.only)
+    only = {key: value for key, value in only.items() if key not in family.defaults}
     problems = [
         f"{key}: {config[key]!r} is not implemented; must be {value!r}"
         for key, value in only.items()
@@ -270,41 +316,49 @@ def _unsupported(config: dict[str, Any], family: Family) -> list[str]:
     return problems
 
 
-def _window(config: dict[str, Any], family: Family, problems: list[str]) -> int | None:
-    """How many tokens a token sees, itself included, in layers that slide; None: no layer does."""
+def _sliding(
+    config: dict[str, Any], family: Family, problems: list[str]
+) -> tuple[int | None, tuple[int, ...]]:
+    """How many tokens a token sees, itself included, in layers that slide, and which ones do."""
     window, layers = config.get("sliding_window"), config.get("num_hidden_layers")
     if not config.get("use_sliding_window", True):
         window = None
     elif window is not None and not _is_size(window):
         problems.append(f"sliding_window: {window!r}; must be null or a whole number of at least 1")
-        return None
+        return None, ()
+    if not isinstance(layers, int):  # a problem of its own
+        return None, ()
+    # Some families let chosen layers slide, the later ones by default; in the others all do.
+    chosen = "max_window_layers" in family.defaults
+    first = config["max_window_layers"] if chosen else 0
     kinds = config.get("layer_types")
-    if kinds is not None and (
+    if kinds is None:
+        if window is not None and not isinstance(first, int):
+            problems.append(f"max_window_layers: {first!r}; must be a whole number")
+            return None, ()
+        return window, () if window is None else tuple(range(max(first, 0), layers))
+    if (
         not isinstance(kinds, list)
-        or (_is_size(layers) and len(kinds) != layers)
+        or len(kinds) != layers
         or any(kind not in ("full_attention", "sliding_attention") for kind in kinds)
     ):
         problems.append(
             f"layer_types: {kinds!r} is not implemented; must be 'full_attention' or "
             f"'sliding_attention' for each of num_hidden_layers {layers}"
         )
-        return None
-    sliding = kinds is not None and "sliding_attention" in kinds
+        return None, ()
+    sliding = tuple(n for n, kind in enumerate(kinds) if kind == "sliding_attention")
     if sliding and window is None:
         problems.append(
             "layer_types: has 'sliding_attention', but no sliding_window is in use; set "
             "sliding_window (and use_sliding_window), or make all layers 'full_attention'"
         )
-    # Some families let chosen layers slide, the later ones by default; in the others all do.
-    if window is None or "max_window_layers" not in family.defaults:
-        return window
-    if kinds is None:
-        first = config["max_window_layers"]
-        if not isinstance(first, int):
-            problems.append(f"max_window_layers: {first!r}; must be a whole number")
-            return None
-        sliding = first < (layers if isinstance(layers, int) else 0)
-    return window if sliding else None
+    elif window is not None and not chosen and len(sliding) < layers:
+        problems.append(
+            f"layer_types: has 'full_attention', but in this family the sliding_window {window} "
+            "holds in all layers; remove layer_types, or set sliding_window to null"
+        )
+    return window, sliding
 
 
 def _rotary(
@@ -333,6 +387,8 @@ def _rotary(
     if any(value != base for value in given.values()):
         problems.append(f"rope_theta: is given twice, and differs: {given}")
     scaling = next(iter(scalings.values()), None)
+    if scaling is not None and scaling.kind == "yarn" and _is_positive(base) and base <= 1:
+        problems.append(f"rope_theta: {base!r}; must be above 1 for rope_type 'yarn'")
     if any(other != scaling for other in scalings.values()):
         problems.append(f"rope_scaling: differs from rope_parameters: {scalings}")
     return base, scaling
@@ -342,7 +398,8 @@ def _scaling(
     key: str, rope: dict[str, Any], config: dict[str, Any], problems: list[str]
 ) -> RopeScaling | None:
     """What config.json says in the dict `rope` under `key`, its theta taken out."""
-    rope = {name: value for name, value in rope.items() if value is not None}
+    # To transformers, null is a missing parameter, but for one.
+    rope = {name: value for name, value in rope.items() if value is not None or name == "truncate"}
     legacy = rope.pop("type", "default")
     kind = rope.pop("rope_type", legacy)
     if (partial := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
@@ -353,9 +410,11 @@ def _scaling(
             + ", ".join(map(repr, _ROPE_PARAMETERS))
         )
         return None
-    if kind == "llama3":
-        rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     needs = _ROPE_PARAMETERS[kind]
+    rope = _ROPE_DEFAULTS.get(kind, {}) | rope
+    if "original_max_position_embeddings" in needs:
+        rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    optional = {"attention_factor"} - rope.keys()
     wrong = [
         f"{key}.{name}: {value!r} is not known for rope_type {kind!r}"
         for name, value in rope.items()
@@ -363,12 +422,15 @@ def _scaling(
     ] + [
         f"{key}.{name}: {repr(rope[name]) if name in rope else 'missing'}; must be {need}"
         for name, (holds, need) in needs.items()
-        if not holds(rope.get(name))
+        if name not in optional and not holds(rope.get(name))
     ]
-    if not wrong and kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        wrong.append(
-            f"{key}.low_freq_factor: {rope['low_freq_factor']}; must be below high_freq_factor "
-            f"{rope['high_freq_factor']}"
-        )
+    low, high = _ROPE_PASSAGE.get(kind, ("", ""))
+    if low and not wrong and rope[low] >= rope[high]:
+        wrong.append(f"{key}.{low}: {rope[low]}; must be below {high} {rope[high]}")
     problems += wrong
-    return None if wrong or kind == "default" else RopeScaling(kind, **rope)
+    if wrong or kind in ("default", "dynamic"):
+        return None
+    if kind == "yarn":
+        mscales = rope.pop("mscale"), rope.pop("mscale_all_dim")
+        rope.setdefault("attention_factor", yarn_attention_factor(rope["factor"], *mscales))
+    return RopeScaling(kind, **rope)

@@ -1,7 +1,7 @@
 """Llama: the common decoder of RMS norm, rotary attention in query groups and a gated SiLU MLP.
 
-Covers Llama 1, 2, 3 and 3.x: every LlamaForCausalLM without biases. Other families reuse `FIRST`,
-`ATTENTION`, `MLP` and `LAST`.
+Covers Llama 1, 2, 3 and 3.x, and every other LlamaForCausalLM whose projections all have biases or
+all have none. Other families reuse `FIRST`, `ATTENTION`, `MLP` and `LAST`.
 """
 
 from __future__ import annotations
@@ -86,13 +86,44 @@ LAST = (
     Entry(("output_layer.weight",), ("lm_head.weight",), Vocab(), "output_layer.weight"),
 )
 
+QKV_BIAS = Entry(
+    (MEGATRON + "self_attention.linear_qkv.bias",),
+    tuple(HF + f"self_attn.{name}_proj.bias" for name in "qkv"),
+    QueryKeyValue(bias=True),
+    KEY + "self_attention.linear_qkv.bias",
+)
+
+BIASES = (
+    QKV_BIAS,
+    Entry(
+        (MEGATRON + "self_attention.linear_proj.bias",),
+        (HF + "self_attn.o_proj.bias",),
+        Copy(("hidden_size",)),
+        KEY + "self_attention.linear_proj.bias",
+    ),
+    Entry(
+        (MEGATRON + "mlp.linear_fc1.bias",),
+        (HF + "mlp.gate_proj.bias", HF + "mlp.up_proj.bias"),
+        GatedMLP(bias=True),
+        KEY + "mlp.linear_fc1.bias",
+    ),
+    Entry(
+        (MEGATRON + "mlp.linear_fc2.bias",),
+        (HF + "mlp.down_proj.bias",),
+        Copy(("hidden_size",)),
+        KEY + "mlp.linear_fc2.bias",
+    ),
+)
+
 LLAMA = Family(
     name="llama",
     hf_architecture="LlamaForCausalLM",
     first=FIRST,
     layer=ATTENTION + MLP,
     last=LAST,
-    only={"mlp_bias": False, "rope_interleaved": False},
+    biases=BIASES,
+    defaults={"attention_bias": False, "mlp_bias": False},
+    only={"rope_interleaved": False},
     # pretraining_tp slices the same products; is_llama_config is a mark left by a converter.
     harmless=frozenset({"pretraining_tp", "is_llama_config"}),
 )

@@ -22,20 +22,31 @@ from megatron_drpo.errors import CheckpointError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies of rotary embeddings are stretched for a longer context.
+    """How rotary embeddings are stretched for a longer context.
 
-    Example (Llama 3.1): RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    Examples: Llama 3.1's RopeScaling("llama3", 8.0, original_max_position_embeddings=8192), and
+    what Qwen2.5 and Qwen3 recommend for long texts: RopeScaling("yarn", 4.0,
+    original_max_position_embeddings=32768, attention_factor=1.138629436111989)
     """
 
-    kind: Literal["linear", "llama3"]
-    """linear: all frequencies / factor; llama3: the low ones, with a smooth passage (Llama 3.1)."""
+    kind: Literal["linear", "llama3", "yarn"]
+    """linear: all frequencies / factor; llama3, yarn: the low ones, with a passage to the others
+    that is smooth in the frequency (llama3) or linear in the channel (yarn)."""
     factor: float
     low_freq_factor: float = 1.0
     """llama3: wavelengths above original length / this are divided by `factor`."""
     high_freq_factor: float = 4.0
     """llama3: wavelengths below original length / this stay."""
     original_max_position_embeddings: int = 8192
-    """llama3: the context length before stretching."""
+    """llama3, yarn: the context length before stretching."""
+    beta_fast: float = 32
+    """yarn: channels that turn at least this often over the original length stay."""
+    beta_slow: float = 1
+    """yarn: channels that turn at most this often over the original length are divided."""
+    truncate: bool = True
+    """yarn: the passage begins and ends at whole channels."""
+    attention_factor: float = 1.0
+    """yarn: what the rotated queries and keys are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Architecture:
     vocab_size: int
     """Rows of the embedding as stored; Megatron may pad them."""
     max_position_embeddings: int
-    """Longest sequence; at most the sliding window, within which attention is full attention."""
+    """Longest sequence; the stretched length where YaRN stretches."""
     norm_epsilon: float
     rotary_base: float
     tie_word_embeddings: bool
@@ -70,6 +81,7 @@ class Architecture:
     qk_layernorm: bool
     """RMS norm over the channels of each query and key head."""
     add_qkv_bias: bool
+    """Biases in the query, key and value projections."""
     hf_dtype: str
     """dtype named by config.json: `float32`, `bfloat16` or `float16`."""
     rope_scaling: RopeScaling | None = None
@@ -79,6 +91,27 @@ class Architecture:
     """Experts that each token is routed to."""
     normalize_router_weights: bool = False
     """A token's router weights sum to 1 over its experts, not over all experts."""
+    sliding_window: int | None = None
+    """Tokens that a token sees in a layer that slides, itself included; None: no layer does."""
+    sliding_layers: tuple[int, ...] = ()
+    """Numbers of the layers that slide, from 0, ascending; in the others attention is full."""
+    add_bias_linear: bool = False
+    """Biases in all projections of attention and MLP."""
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a token sees in a layer (from 0, in the whole model), itself included.
+
+        None: all those before it. Position q sees k where q - window < k <= q.
+        """
+        return self.sliding_window if layer in self.sliding_layers else None
+
+    @property
+    def softmax_scale_factor(self) -> float:
+        """What the scores of attention are multiplied by, besides kv_channels ** -0.5.
+
+        YaRN's factor of queries and keys, squared (arXiv 2309.00071, section 3.4); else 1.
+        """
+        return 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor**2
 
     @property
     def query_size(self) -> int:
@@ -255,13 +288,18 @@ class QueryKeyValue:
 class GatedMLP:
     """gate, up <-> `[gate_r; up_r]` on each TP rank r: every rank multiplies its own halves."""
 
+    bias: bool = False
+    """The vector of biases instead of the matrix."""
     sharded = True
 
     def hf_shapes(self, arch: Architecture) -> tuple[tuple[int, ...], ...]:
-        return ((arch.ffn_hidden_size, arch.hidden_size),) * 2
+        return ((arch.ffn_hidden_size, *self._columns(arch)),) * 2
 
     def megatron_shape(self, arch: Architecture) -> tuple[int, ...]:
-        return (2 * arch.ffn_hidden_size, arch.hidden_size)
+        return (2 * arch.ffn_hidden_size, *self._columns(arch))
+
+    def _columns(self, arch: Architecture) -> tuple[int, ...]:
+        return () if self.bias else (arch.hidden_size,)
 
     def cuts(self, arch: Architecture, tp_size: int) -> tuple[int, list[int]]:
         # The whole parameter is [gate; up], each cut for itself.
@@ -380,6 +418,8 @@ class Family:
     """Parameters of every layer."""
     last: tuple[Entry, ...]
     """Parameters of the last pipeline stage."""
+    biases: tuple[Entry, ...] = ()
+    """Further parameters of every layer of an architecture with `add_bias_linear`."""
     qk_layernorm: bool = False
     add_qkv_bias: bool = False
     norm_epsilon: float = 1e-6
