@@ -34,4 +34,4 @@ class ServersError(RolloutError):
 
 
 class VerificationError(DrpoError, ArithmeticError):
-    """`--verify-layout` found numbers that differ between two layouts by more than its tolerance."""
+    """`--verify-layout` found numbers that two layouts do not have in common."""

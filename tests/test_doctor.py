@@ -109,6 +109,27 @@ def test_settings_of_a_file_are_understood(
     assert "EP 16: 8 of 128 experts" in capsys.readouterr().out
 
 
+def test_the_guide_prints_what_the_tool_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan in full of docs/scaling.md, by the layout that it names itself."""
+    config = PUBLISHED[MODEL][0] | {
+        **{"num_hidden_layers": 94, "hidden_size": 4096, "num_attention_heads": 64},
+        **{"moe_intermediate_size": 1536, "intermediate_size": 12288},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    guide = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    batch = re.findall(r"--(?:prompt-length|rollout-\S+|max-tokens-per-microbatch) \d+", guide)
+    argv = ["--hf-model", str(tmp_path), "--world-size", "256", *H100, *" ".join(batch).split()]
+    argv += ["--pipeline-model-parallel-size", "16", "--context-parallel-size", "8"]
+    argv += ["--expert-model-parallel-size", "4", "--decoder-first-pipeline-num-layers", "5"]
+    assert doctor.main([*argv, "--decoder-last-pipeline-num-layers", "5"]) == 0
+    printed = capsys.readouterr().out
+    plan = guide[guide.index("    the layout") :].splitlines()
+    assert len(plan) > 40
+    assert [line for line in plan if line.removeprefix("    ") not in printed.splitlines()] == []
+
+
 def test_it_starts_without_megatron_and_tells_a_typing_error_without_torch() -> None:
     code = (
         "import sys; from tools import doctor; status = doctor.main({!r}); "

@@ -145,8 +145,13 @@ def make_policy(
     *,
     budget: int = 24,
     bf16: bool = False,
+    **groups: Any,
 ):
-    """Started process groups, and the policy of the checkpoint `source` on them."""
+    """Started process groups, and the policy of the checkpoint `source` on them.
+
+    Args:
+        groups: further groups of settings, by their names in `Config`.
+    """
     from megatron_drpo.checkpoint.families import read_architecture
     from megatron_drpo.mcore import parallel
     from megatron_drpo.mcore.policy import Policy
@@ -159,6 +164,7 @@ def make_policy(
         objective=ObjectiveConfig(drpo_delta=DELTA, loss_token_horizon=HORIZON),
         optimizer=optimizer,
         train=TrainConfig(max_tokens_per_microbatch=budget),
+        **groups,
     )
     device = Device("cpu", "gloo", rank, "test")
     layout = parallel.initialize(config.parallel, device, seed=1)

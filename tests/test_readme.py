@@ -7,9 +7,9 @@ import re
 import shlex
 from pathlib import Path
 
-from megatron_drpo.arguments import parse
+from megatron_drpo.arguments import Options, parse, types_of
 from megatron_drpo.config import Config, ModelConfig, flag
-from tools import convert_checkpoint
+from tools import convert_checkpoint, doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,7 +35,8 @@ def test_the_tree_is_the_disks() -> None:
 
 def test_the_flags_exist() -> None:
     flags = {flag(name) for name in Config(ModelConfig("m"), data=_data()).flat()}
-    flags |= {"--dry-run", "--help", "--config"} | _options(convert_checkpoint.build_parser())
+    flags |= {"--help"} | _options(convert_checkpoint.build_parser())
+    flags |= {flag(name) for name in types_of([Options, doctor.Doctor])}
     elsewhere = {"--nproc-per-node", "--logdir"}  # torchrun's and TensorBoard's
     mentioned = set(re.findall(r"--[a-z][a-z0-9-]+", README)) - elsewhere
     assert mentioned and mentioned <= flags

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
 
+from megatron_drpo.arguments import parse
 from megatron_drpo.config import (
     Config,
     DataConfig,
@@ -28,10 +34,15 @@ from megatron_drpo.config import (
     RolloutConfig,
     TrainConfig,
 )
-from megatron_drpo.types import Prompt
+from megatron_drpo.errors import ConfigError
+from megatron_drpo.rollout.files import write_rollouts
+from megatron_drpo.types import Prompt, Rollout, Trajectory
 from tests.distributed import run_distributed
+from tests.published_configs import PUBLISHED
 from tests.tiny_models import VOCAB, save_tiny, tiny_model
+from tests.tiny_run import make_tiny_run
 
+ROOT = Path(__file__).resolve().parent.parent
 WORLD = 4
 TOLERANCE = 1e-5
 BF16_TOLERANCE = 0.05
@@ -280,9 +291,10 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
                 return batch, measure(policy, batch.one_by_one, batch)
 
             batches[key], references[key] = _measured(config, here, rank, both)
+    with worlds(config_of(root, DENSE, layout())) as here:
+        batches = here.gather_objects(batches or None)[0]
     for name, (sizes, own) in MATRIX.items():
         with worlds(config_of(root, DENSE, sizes)) as here:
-            batches = here.gather_objects(batches or None)[0]
             for task in own:
                 config, batch = config_of(root, task, sizes), batches[task.batch]
                 measured = _measured(
@@ -296,26 +308,25 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
                 if measured:
                     report = compare(measured, references[task.batch], TOLERANCE)
                     (root / f"{name}-{task}.json").write_text(json.dumps(asdict(report)))
-    broken = Task("qwen3", distributed_optimizer=False)
-    config = config_of(root, broken, layout(2))
-    with worlds(config) as here:
-        batch = batches[broken.batch]
-        for name, (breaks, _) in BROKEN.items():
+    for name, broken in BROKEN.items():
+        config, batch = config_of(root, broken.task, broken.sizes), batches[broken.task.batch]
+        with worlds(config) as here:
             measured = _measured(
                 config,
                 here,
                 rank,
-                lambda policy, breaks=breaks: measure(policy, breaks(policy, batch), batch),
+                lambda policy, broken=broken, batch=batch: measure(
+                    policy, broken.breaks(policy, batch), batch
+                ),
             )
             if measured:
-                report = compare(measured, references[broken.batch], TOLERANCE)
+                report = compare(measured, references[broken.task.batch], TOLERANCE)
                 told = {"failed": [line.name for line in report.failed], "verdict": report.verdict}
                 (root / f"{name}.json").write_text(json.dumps(told))
     worlds.end()
 
 
-# What can go wrong in the layout TP 2 x DP 2, and what then shows: the log-probs before (scored) and
-# at (trained) the update, loss and norm, parts of the names of tensors, ranks that hold copies.
+# What can go wrong in a layout, and what then is beyond the tolerance.
 
 
 def _exchanged_keys_and_values(policy: Any, batch: Any) -> list[Any]:
@@ -385,37 +396,66 @@ def _scored_otherwise(policy: Any, batch: Any) -> list[Any]:
     return policy.pack(batch.trajectories)
 
 
+def _embedding_of_its_own(policy: Any, batch: Any) -> list[Any]:
+    finalize = policy.models[0].config.finalize_model_grads_func
+
+    def finalized(models: Any, *args: Any, **kwargs: Any) -> None:
+        finalize(models, *args, **kwargs)
+        if policy.layout.is_last_stage:
+            models[-1].module.output_weight().main_grad.mul_(1.01)
+
+    policy.models[0].config.finalize_model_grads_func = finalized
+    return policy.pack(batch.trajectories)
+
+
+@dataclass(frozen=True)
+class Broken:
+    breaks: Callable[[Any, Any], list[Any]]
+    shows: Callable[[set[str]], bool]
+    """Whether these are the names to expect."""
+    task: Task = Task("qwen3", distributed_optimizer=False)
+    sizes: ParallelConfig = field(default_factory=lambda: layout(2))
+
+
 NUMBERS = {"loss", "global gradient norm"}
 LOGPROBS = {"log-probs, scored", "log-probs, trained"}
-BROKEN: dict[str, tuple[Callable[[Any, Any], list[Any]], Callable[[set[str]], bool]]] = {
-    "keys and values exchanged on one rank": (
+BROKEN = {
+    "keys and values exchanged on one rank": Broken(
         _exchanged_keys_and_values,
         lambda named: named >= LOGPROBS | {"model.layers.0.self_attn.q_proj.weight"},
     ),
-    "one replica counts 1.001 times": (
+    "one replica counts 1.001 times": Broken(
         _one_replica_counts_more,
         lambda named: len(named) > 40 and not named & (LOGPROBS | {"loss"}),
     ),
-    "rows of a gradient reversed": (
-        # On the distributed optimizer's buckets: what a rank does not own is not looked at.
+    "rows of a gradient reversed": Broken(
         _after_reduction(_reversed),
         lambda named: named == {"model.layers.1.mlp.down_proj.weight"},
     ),
-    "a copy of its own on one rank": (
+    "a copy of its own on one rank": Broken(
         _after_reduction(_copy_of_its_own),
         lambda named: (
             len(named) == 1 and "copies of decoder.layers.1.input_layernorm" in str(named)
         ),
     ),
-    "a sequence left out": (
+    "a tied embedding of its own on the last stage": Broken(
+        _embedding_of_its_own,
+        lambda named: (
+            named >= {"copies of embedding.word_embeddings.weight (stage 0, chunk 0)"}
+            and not named & {"model.embed_tokens.weight"}
+        ),
+        Task("llama", distributed_optimizer=False),
+        layout(1, 2),
+    ),
+    "a sequence left out": Broken(
         _sequence_left_out,
         lambda named: named >= LOGPROBS | NUMBERS | {"tokens with loss"},
     ),
-    "sequences see each other": (
+    "sequences see each other": Broken(
         _sequences_run_together,
         lambda named: named >= LOGPROBS | NUMBERS,
     ),
-    "scored otherwise than trained": (
+    "scored otherwise than trained": Broken(
         _scored_otherwise,
         lambda named: named == {"log-probs, scored"},
     ),
@@ -447,13 +487,194 @@ def test_a_layout_computes_what_one_rank_does(results: Path, name: str, task: Ta
     tolerance = BF16_TOLERANCE if task.bf16 else TOLERANCE
     for line in [*report["lines"], *report["parameters"]]:
         assert line["difference"] <= tolerance, line
-        # Of fp32 as well: rounding is far from the 5 times that a user's tensors are allowed.
-        assert line["distance"] <= tolerance * (5 if task.bf16 else 1), line
+        # In fp32, rounding is far from the 5 times that a user's numbers are allowed.
+        assert line["parts"] <= tolerance * (5 if task.bf16 else 1), line
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_named(results: Path, name: str) -> None:
     told = _report(results, name)
-    assert BROKEN[name][1](set(told["failed"])), told["failed"]
+    assert BROKEN[name].shows(set(told["failed"])), told["failed"]
     assert told["failed"][0] in told["verdict"]
+
+
+# --- The program --------------------------------------------------------------------------------
+
+
+def torchrun(directory: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks under the program's own starter; `argv` begins with what they run."""
+    starter = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in outer}
+    return subprocess.run(
+        [*starter, "--standalone", *argv],
+        cwd=directory,
+        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def record_rollouts(path: Path) -> None:
+    """Two responses to each of four prompts, one of them right."""
+    made = []
+    for number in range(4):
+        prompt = Prompt(f"p{number}", "1+1=", torch.tensor([4, 13, 4, 14]), "2")
+        for sample in range(2):
+            ids = torch.tensor([5 + sample, number + 3, 2])
+            logprobs = torch.tensor([-2.0, -4.0, -3.0 - number / 8])
+            rollout = Rollout(prompt, sample, ids, logprobs, "stop", 0, "")
+            made.append(Trajectory(rollout, float(sample), 0.0))
+    write_rollouts(path, made)
+
+
+@pytest.mark.distributed
+def test_a_start_prints_the_table_and_writes_no_run(tmp_path: Path) -> None:
+    """Of recorded rollouts, and of the first half of the model, as it is on two stages."""
+    flags = make_tiny_run(tmp_path)
+    at = flags.index("--prompts")
+    record_rollouts(tmp_path / "rollouts.jsonl")
+    recorded = [*flags[:at], *flags[at + 2 :], "--rollouts-file", "rollouts.jsonl"]
+    verify = [
+        "--verify-layout",
+        "--verify-layout-num-layers",
+        "2",
+        "--verify-layout-json",
+        "v.json",
+    ]
+    pp2 = ["--pipeline-model-parallel-size", "2"]
+    done = torchrun(tmp_path, "-m", "megatron_drpo", *recorded, *pp2, *verify)
+    assert done.returncode == 0, done.stderr
+    assert "chosen:    2 rank(s): TP 1, PP 2, DP 1" in done.stdout
+    assert "reference: 1 rank(s): TP 1, PP 1, DP 1" in done.stdout
+    told = json.loads((tmp_path / "v.json").read_text())
+    assert told["failed"] == [] and told["tolerance"] == 1e-5
+    lines = {line["name"]: line for line in told["lines"]}
+    # An update is half of the four prompts: 2 x 2 responses of 3 tokens.
+    assert lines["tokens with loss"]["chosen"] == 12
+    names = {line["name"] for line in told["parameters"]}
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"0", "1"}
+    assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= names
+    table = done.stdout.splitlines()
+    (header,) = (
+        row for row in table if row.split() == ["chosen", "reference", "difference", "in", "parts"]
+    )
+    (loss,) = (row for row in table if row.startswith("loss "))
+    assert loss.endswith("  ok") and header.index("reference") + len("reference") == loss.index(
+        f"{lines['loss']['reference']:.9g}", header.index("chosen") + len("chosen")
+    ) + len(f"{lines['loss']['reference']:.9g}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.distributed
+def test_a_start_with_a_broken_layout_fails_and_names_what_differs(tmp_path: Path) -> None:
+    flags = make_tiny_run(tmp_path)
+    (tmp_path / "broken.py").write_text(
+        "import sys\n"
+        "import torch\n"
+        "from megatron_drpo import cli\n"
+        "from megatron_drpo.mcore.policy import Policy\n"
+        "def prepare(self, prepare=Policy._prepare_training):\n"
+        "    if self.layout.tp_rank == 1:\n"
+        "        with torch.no_grad():\n"
+        "            self.models[0].decoder.layers[3].mlp.linear_fc2.weight *= 1.001\n"
+        "    prepare(self)\n"
+        "Policy._prepare_training = prepare\n"
+        "sys.exit(cli.main())\n"
+    )
+    tp2 = ["--tensor-model-parallel-size", "2"]
+    done = torchrun(tmp_path, "broken.py", *flags, *tp2, "--verify-layout")
+    assert done.returncode != 0
+    (row,) = (r for r in done.stdout.splitlines() if r.startswith("log-probs, trained"))
+    assert row.endswith("  FAIL")
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "--verify-layout-tolerance 1e-05" in said[0]
+    assert any(line.startswith("error: log-probs, trained: ") for line in said[1:])
+
+
+# --- Which layout it is compared with -----------------------------------------------------------
+
+
+def chosen_reference(
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    gib: float,
+    sizes: ParallelConfig,
+    world_size: int,
+    num_layers: int | None = None,
+) -> ParallelConfig:
+    """What a run of a published model in bf16, on GPUs with so much memory, is compared with."""
+    from megatron_drpo.device import Device
+    from megatron_drpo.preflight import Inputs
+    from megatron_drpo.verify_layout import layouts
+
+    config = config_of(Path(), Task(model, bf16=True), sizes)
+    prompts = (Prompt("p", "", torch.zeros(100, dtype=torch.int64), None),)
+    inputs = Inputs(
+        Device("cuda", "nccl", 0, "test"), Path(), Path(), PUBLISHED[model][1],
+        None, (), prompts, (), None, None,  # type: ignore[arg-type]  # no tokenizer
+    )  # fmt: skip
+    monkeypatch.setattr(layouts, "_room", lambda device: int(gib * 2**30))
+    here: Any = SimpleNamespace(world_size=world_size, gather_objects=lambda value: [value])
+    layouts.check_depth(config, inputs, num_layers)
+    return layouts.reference_of(config, inputs, here, num_layers).parallel
+
+
+def test_the_reference_is_the_smallest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter takes 10 bytes: bf16, its gradient and its master weight in fp32."""
+    find = partial(chosen_reference, monkeypatch)
+    sizes = layout(4, 2, sequence_parallel=True)
+    assert find("Llama-2-7b-hf", 80, sizes, 8) == layout()  # 67 GB
+    assert find("Llama-2-7b-hf", 40, sizes, 8) == layout(1, 2)
+    assert find("Llama-2-7b-hf", 40, sizes, 8, num_layers=16) == layout()
+    experts = layout(1, 4, ep=8)
+    assert find("Qwen3-30B-A3B", 80, experts, 64) == layout(1, 4)  # 305 GB
+    assert find("Qwen3-30B-A3B", 60, experts, 64) == layout(1, 6)  # 5 does not divide 48 layers
+
+
+def test_what_fits_nowhere_is_told_how_many_layers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = partial(chosen_reference, monkeypatch, "Qwen3-235B-A22B")
+    sizes = layout(1, 2, ep=64)
+    with pytest.raises(ConfigError, match="no layout of fewer than 16 ranks") as error:
+        find(80, sizes, 16)
+    assert "80.0 GiB" in str(error.value)
+    # 2.5 billion parameters each, and 1.2 billion besides; two stages take an even number.
+    assert str(error.value).endswith("--verify-layout-num-layers 2")
+    assert find(80, sizes, 16, num_layers=2) == layout()
+    with pytest.raises(ConfigError, match="--verify-layout: .*more memory"):
+        find(10, sizes, 16)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wrong", "named"),
+    [
+        (layout(1, 4), 6, "4, 8, 12, ..., 32"),
+        (layout(1, 4, 2), 12, "8, 16, 24, 32"),
+        (layout(1, 4, decoder_first_pipeline_num_layers=2), 4, "5, 8, 11, ..., 32"),
+        (layout(), 33, "1, 2, 3, ..., 32"),
+    ],
+)
+def test_a_depth_that_the_pipeline_cannot_have_is_refused(
+    monkeypatch: pytest.MonkeyPatch, sizes: ParallelConfig, wrong: int, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"--verify-layout-num-layers {wrong}: ") as error:
+        chosen_reference(monkeypatch, "Llama-2-7b-hf", 80, sizes, 8, num_layers=wrong)
+    assert f"can share out {named} of them" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--verify-layout-tolerance", "0.1"], "--verify-layout-tolerance: is read with"),
+        (["--verify-layout-json", "x"], "--verify-layout-json: is read with --verify-layout only"),
+        (["--verify-layout", "--dry-run"], "--verify-layout: --dry-run starts nothing"),
+        (["--verify-layout", "--verify-layout-tolerance", "0"], "--verify-layout-tolerance 0.0"),
+        (["--verify-layout", "--verify-layout-num-layers", "0"], "--verify-layout-num-layers 0"),
+    ],
+)
+def test_flags_that_are_at_odds_are_refused(argv: list[str], named: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(["--hf-model", "model", "--prompts", "p.jsonl", *argv])
+    assert str(error.value).startswith(named)

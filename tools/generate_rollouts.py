@@ -30,8 +30,8 @@ from megatron_drpo.cli import exit_status
 from megatron_drpo.config import (
     Config,
     DataConfig,
-    MoEConfig,
     ModelConfig,
+    MoEConfig,
     OutputConfig,
     ParallelConfig,
     RewardConfig,

@@ -54,6 +54,10 @@ def _gradient(parameter: Any) -> Tensor:
     return parameter.main_grad
 
 
+_TIED = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""On the first and on the last pipeline stage, with the sum of both gradients."""
+
+
 class Copies(NamedTuple):
     """A parameter that several ranks hold alike, and the norms of its gradient there."""
 
@@ -75,7 +79,10 @@ def copies(policy: Policy) -> list[Copies]:
             split: Any = layout.tp_rank if getattr(parameter, "tensor_model_parallel", False) else 0
             if ".experts." in name:
                 split = (layout.ep_rank, layout.etp_rank)
-            own[layout.pp_rank, number, split, name] = float(_gradient(parameter).norm())
+            place = (layout.pp_rank, number, split, name)
+            if policy.architecture.tie_word_embeddings and name in _TIED:
+                place = (0, 0, split, _TIED[0])
+            own[place] = float(_gradient(parameter).norm())
     norms: dict[Any, list[float]] = {}
     for each in layout.gather_to_main(own):
         for place, value in each.items():

@@ -249,35 +249,59 @@ class Activations:
     @property
     def all_kept(self) -> int:
         """Of all layers of this stage and all micro-batches in flight."""
-        settings, job = self.job.config.memory, self.job
-        layers = job.stage_layers[self.stage]
-        per_layer = sum(self.kept.values())
-        if settings.recompute_granularity != "full":
-            size = layers * per_layer
-        else:
-            count, chunk = settings.recompute_num_layers or 1, layers // job.shape.vp
-            if settings.recompute_method == "uniform":
-                size = job.shape.vp * -(-chunk // count) * self._stream
-            else:
-                again = job.shape.vp * min(count, chunk)
-                size = again * self._stream + (layers - again) * per_layer
-        return round(size * self.in_flight) + self._ends
+        return round(self._chunks * self._chunk_kept * self.in_flight) + self._ends
 
     @property
     def working(self) -> int:
-        """The largest of: the logits, and the backward passes of MLP and attention of the layer
-        that comes first; with what is made again for it."""
-        settings, per_layer = self.job.config.memory, self.layer
-        made = sum(per_layer.values()) - sum(self.kept.values())
-        if settings.recompute_granularity == "full":
-            chunk = self.job.stage_layers[self.stage] // self.job.shape.vp
-            count = settings.recompute_num_layers or 1
-            whole = count if settings.recompute_method == "uniform" else 1
-            made = min(whole, chunk) * sum(per_layer.values())
-        mlp = sum(size for name, size in per_layer.items() if name in _MLP_PARTS)
-        attention = self._attention_at_work + self._scores_at_work - mlp
+        """What the backward pass of a chunk needs at its worst, beyond `all_kept`.
+
+        It begins with the logits, goes on with the last layer's MLP and attention, whose forward
+        pass is made again before that where it is recomputed, and ends with the gradient of the
+        embedding, when all that was kept of the chunk is gone.
+        """
+        settings, whole = self.job.config.memory, sum(self.layer.values())
         output = self._output_at_work if self.last else 0
-        return max(output, made + self._mlp_at_work, made + attention, self._weight_at_work)
+        end = self.largest * self.job.width - self._chunk_kept
+        made, count = whole - sum(self.kept.values()), self._count
+        if settings.recompute_granularity != "full":
+            return max(output, made + self._layer_at_work, end)
+        if settings.recompute_method == "uniform":
+            return max(output, min(count, self._layers) * whole + self._layer_at_work, end)
+        # The layers that are not recomputed come last, and so are first in the backward pass.
+        freed = max(self._layers - count, 0) * whole
+        plain = self._layer_at_work if freed else 0
+        return max(output, plain, whole - freed + self._layer_at_work, end)
+
+    @property
+    def _chunks(self) -> int:
+        return self.job.shape.vp
+
+    @property
+    def _layers(self) -> int:
+        """Of a chunk."""
+        return self.job.stage_layers[self.stage] // self._chunks
+
+    @property
+    def _count(self) -> int:
+        """`--recompute-num-layers`."""
+        return self.job.config.memory.recompute_num_layers or 1
+
+    @property
+    def _chunk_kept(self) -> int:
+        """Of a chunk and one micro-batch."""
+        settings, per_layer = self.job.config.memory, sum(self.kept.values())
+        if settings.recompute_granularity != "full":
+            return self._layers * per_layer
+        if settings.recompute_method == "uniform":
+            return -(-self._layers // self._count) * self._stream
+        again = min(self._count, self._layers)
+        return again * self._stream + (self._layers - again) * per_layer
+
+    @property
+    def _layer_at_work(self) -> int:
+        """Gradients within a layer: of its MLP, or of its attention once the MLP's part is gone."""
+        mlp = sum(size for name, size in self.layer.items() if name in _MLP_PARTS)
+        return max(self._mlp_at_work, self._attention_at_work + self._scores_at_work - mlp)
 
     # Tokens of a row on this rank: where tensor parallelism splits heads and width (all tokens that
     # context parallelism leaves), and between those parts (fewer under sequence parallelism).
@@ -399,12 +423,6 @@ class Activations:
         whole = self._stream * (shape.tp if self.job.shape.sequence_parallel else 1)
         inner = parts.get("mlp_act", 0) + parts.get("moe_act", 0) + parts.get("expert_fc1", 0)
         return inner + 2 * whole
-
-    @property
-    def _weight_at_work(self) -> int:
-        """A parameter's gradient before it is added to the fp32 buffer; no activations are left
-        when the embedding's turn comes, but for the other micro-batches'."""
-        return self.largest * self.job.width
 
     @property
     def _output_at_work(self) -> int:

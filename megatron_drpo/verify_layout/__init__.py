@@ -17,9 +17,7 @@ reference gets the same numbers.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,7 +29,8 @@ from megatron_drpo.arguments import Options
 from megatron_drpo.checkpoint.families import Architecture
 from megatron_drpo.config import Config
 from megatron_drpo.device import Device
-from megatron_drpo.errors import VerificationError
+from megatron_drpo.disk import write_atomically
+from megatron_drpo.errors import ConfigError, VerificationError
 from megatron_drpo.mcore import parallel
 from megatron_drpo.mcore.parallel import Layout
 from megatron_drpo.mcore.policy import Policy
@@ -58,8 +57,10 @@ def run(config: Config, inputs: Inputs, options: Options) -> None:
         ConfigError: no smaller layout fits, or the model has not so many layers.
         VerificationError: on every rank, if anything differs by more than the tolerance.
     """
-    num_layers = options.verify_layout_num_layers
+    num_layers, told = options.verify_layout_num_layers, options.verify_layout_json
     check_depth(config, inputs, num_layers)
+    if told and not Path(told).absolute().parent.is_dir():
+        raise ConfigError(f"--verify-layout-json {told}: there is no such directory; create it")
     store, rank, world_size = next(rendezvous("env://"))
     with world(config, inputs.device, PrefixStore("chosen", store), rank, world_size) as here:
         smaller = reference_of(config, inputs, here, num_layers)
@@ -81,9 +82,8 @@ def run(config: Config, inputs: Inputs, options: Options) -> None:
         tolerance = options.verify_layout_tolerance or default_tolerance(config)
         report = compare(chosen, again, tolerance)
         print(report, flush=True)
-        if options.verify_layout_json:
-            path = Path(options.verify_layout_json)
-            path.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        if told:
+            write_atomically(Path(told), report.to_json())
         store.set("verdict", report.verdict)
     # However long the reference takes: a rank that fails meanwhile is torchrun's affair.
     store.wait(["verdict"], _DAY)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +18,8 @@ LEAST_SHARE = 1e-3
 terms that cancel, and rounding is as large as those are."""
 
 FARTHER = 5
-"""How many times the tolerance the distance of two gradients may be: rounding, which has no
-direction, moves a tensor more than its norm."""
+"""How many times the tolerance single parts may differ by: rounding moves a tensor more than its
+norm, and one of many tokens more than most."""
 
 _TOLD = 10
 
@@ -31,14 +33,14 @@ class Line:
     reference: float
     difference: float
     """Relative; to what, `_EXPLANATION` says."""
-    distance: float = 0.0
-    """Of two tensors whose norms the numbers are, relative to the norm; an estimate."""
+    parts: float = 0.0
+    """How far what the number is made of differs, likewise: its largest part, or its direction."""
 
     @property
     def worst(self) -> float:
         """What the tolerance limits; infinite if a number is none."""
-        worst = max(self.difference, self.distance / FARTHER)
-        return math.inf if math.isnan(self.difference + self.distance) else worst
+        worst = max(self.difference, self.parts / FARTHER)
+        return math.inf if math.isnan(self.difference + self.parts) else worst
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,8 @@ class Report:
 
     @property
     def failed(self) -> list[Line]:
-        """What differs by more than the tolerance, the most first."""
-        beyond = [line for line in (*self.lines, *self.parameters) if self._is_beyond(line)]
-        return sorted(beyond, key=lambda line: -line.worst)
+        """What differs by more than the tolerance, the parameters that differ most first."""
+        return [line for line in (*self.lines, *self.parameters) if self._is_beyond(line)]
 
     def _is_beyond(self, line: Line) -> bool:
         return line.worst > self.tolerance
@@ -70,7 +71,7 @@ class Report:
         named = [
             f"{line.name}: {line.chosen:.9g}, in the reference {line.reference:.9g}: relative "
             f"difference {line.difference:.2g}"
-            + (f", distance {line.distance:.2g}" if line in self.parameters else "")
+            + (f", {line.parts:.2g} in parts" * (line.parts > 0))
             for line in failed[:_TOLD]
         ]
         more = [f"and {len(failed) - _TOLD} more"] if len(failed) > _TOLD else []
@@ -81,15 +82,25 @@ class Report:
         )
         return "\n".join([head, *named, *more])
 
+    def to_json(self) -> str:
+        """Everything, with `failed` as the names of what is beyond the tolerance; what is no number
+        is null."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: plain(each) for name, each in value.items()}
+            if isinstance(value, list):
+                return [plain(each) for each in value]
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        told = asdict(self) | {"failed": [line.name for line in self.failed]}
+        return json.dumps(plain(told), indent=1) + "\n"
+
     def __str__(self) -> str:
         beyond = sum(map(self._is_beyond, self.parameters))
         shown = self.parameters[: min(max(_TOLD, beyond), 4 * _TOLD)]
         width = max(len(line.name) for line in (*self.lines, *shown))
-        columns = f"{'chosen':>15}  {'reference':>15}  {'difference':>10}"
-        title = (
-            f"norms of the gradients of {len(self.parameters)} tensors, {beyond} of them beyond "
-            f"the tolerance; the {len(shown)} that differ most:"
-        )
+        columns = f"{'chosen':>15}  {'reference':>15}  {'difference':>10}  {'in parts':>8}"
         rows = [
             "layouts compared on one batch",
             f"  chosen:    {self.chosen}",
@@ -98,26 +109,28 @@ class Report:
             f"{'':{width}}  {columns}",
             *(self._row(line, width) for line in self.lines),
             "",
-            title,
-            f"{'':{width}}  {columns}  {'distance':>10}",
-            *(self._row(line, width, f"  {line.distance:>10.1e}") for line in shown),
+            f"norms of the gradients of {len(self.parameters)} tensors, {beyond} of them beyond "
+            f"the tolerance; the {len(shown)} that differ most:",
+            *(self._row(line, width) for line in shown),
             "",
             _EXPLANATION.format(tolerance=self.tolerance, farther=FARTHER * self.tolerance),
         ]
         return "\n".join(rows)
 
-    def _row(self, line: Line, width: int, distance: str = "") -> str:
+    def _row(self, line: Line, width: int) -> str:
+        parts = f"{line.parts:.1e}" if line.parts else ""
         return (
             f"{line.name:{width}}  {line.chosen:>15.9g}  {line.reference:>15.9g}  "
-            f"{line.difference:>10.1e}{distance}  {'FAIL' if self._is_beyond(line) else 'ok'}"
+            f"{line.difference:>10.1e}  {parts:>8}  {'FAIL' if self._is_beyond(line) else 'ok'}"
         )
 
 
 _EXPLANATION = """\
-Differences are relative, and may be {tolerance:g}: of the loss, to what it would be if no token
-cancelled another; of log-probs (shown: their means), the largest of any token, to its log-prob, at
-least 1 nat; of a gradient's norm, to the norm, at least 0.001 of the global one. The distance of
-both gradients as tensors, estimated by random projections, may be {farther:g} of that."""
+Differences are relative and may be {tolerance:g}, those in parts {farther:g}. Of the loss: to what
+it would be if no token cancelled another. Of log-probs (shown: their means): the root mean square,
+and in parts the largest, of the tokens' differences, each to its log-prob or to 1 nat. Of a
+gradient: of its norm, and in parts the distance of both tensors, estimated by random projections,
+to the norm or to 0.001 of the global norm."""
 
 
 def compare(chosen: Measured, reference: Measured, tolerance: float) -> Report:
@@ -149,9 +162,8 @@ def compare(chosen: Measured, reference: Measured, tolerance: float) -> Report:
         one, other = (each.gradients.get(name, _ABSENT) for each in (chosen, reference))
         apart = float((one.projections - other.projections).square().mean().sqrt())
         scale = max(other.norm, floor)
-        parameters.append(
-            replace(line(name, one.norm, other.norm, scale), distance=relative(apart, scale))
-        )
+        norms = line(name, one.norm, other.norm, scale)
+        parameters.append(replace(norms, parts=relative(apart, scale)))
     parameters.sort(key=lambda each: (-each.worst, each.name))
     return Report(str(chosen), str(reference), tolerance, lines, parameters)
 
@@ -161,6 +173,6 @@ _ABSENT = Digest(math.nan, torch.full((NUM_PROJECTIONS,), torch.nan, dtype=torch
 
 def _of_logprobs(name: str, one: Tensor, other: Tensor) -> Line:
     seen = ~(one.isnan() & other.isnan())
-    difference = (one - other).abs() / other.abs().clamp(min=1)
-    worst = float(difference[seen].max())
-    return Line(name, float(one.nanmean()), float(other.nanmean()), worst)
+    differences = ((one - other).abs() / other.abs().clamp(min=1))[seen]
+    typical, worst = differences.square().mean().sqrt(), differences.max()
+    return Line(name, float(one.nanmean()), float(other.nanmean()), float(typical), float(worst))
