@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 
 def run_distributed(
-    fn: Callable[..., None], world_size: int, *args: Any, timeout: float = 240.0
+    fn: Callable[..., None], world_size: int, *args: Any, timeout: float = 600.0
 ) -> None:
     """Call `fn(rank, world_size, *args)` in `world_size` fresh processes with gloo initialised.
 

@@ -281,7 +281,7 @@ def _ranks(rank: int, world_size: int, root: Path) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     root = tmp_path_factory.mktemp("objectives")
     save_models(root)
-    run_distributed(_ranks, 4, root, timeout=900)
+    run_distributed(_ranks, 4, root)
     return json.loads((root / "results.json").read_text())
 
 

@@ -245,7 +245,7 @@ def test_recomputation_changes_no_bit_on_one_rank(alone, family: str) -> None:
 
 @pytest.mark.distributed
 def test_recomputation_changes_no_bit_in_any_layout(models: Path, alone) -> None:
-    run_distributed(_recompute_in_layouts, 4, models, timeout=600)
+    run_distributed(_recompute_in_layouts, 4, models)
     # And the output layer in fp32: sums over ranks are rounded to bf16, so no closer.
     found = json.loads((models / "layouts.json").read_text())
     assert found == pytest.approx(alone["output"]["alone"], rel=2e-2, abs=2e-3)

@@ -222,7 +222,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if vocab > VOCAB:
             _widen(root / model, vocab)
             _widen(root / f"other-{model}", vocab)
-    run_distributed(_ranks, WORLD, root, timeout=600)
+    run_distributed(_ranks, WORLD, root)
     return root
 
 

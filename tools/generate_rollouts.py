@@ -55,10 +55,11 @@ _TRAINING_ONLY = (
     *("dynamic_sampling", "dynamic_sampling_rounds", "environment", "environment_max_turns"),
     *("eval_prompts", "shuffle_prompts"),
 )
-_LAYOUT = (
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
-    *("num_virtual_stages_per_pipeline_rank", "expert_model_parallel_size"),
-)
+_LAYOUT = [
+    each
+    for each in dataclasses.fields(ParallelConfig)
+    if each.name not in ("device", "distributed_timeout_minutes")
+]
 _UNJUDGED = "megatron_drpo.rewards.exact:exact"
 """Stands for `--reward none` where a reward is looked for, as MODULE:FUNCTION, which no prompt
 needs an answer for. It is never called."""
@@ -151,10 +152,10 @@ def _refuse_unread(arguments: Arguments, given: set[str]) -> None:
         )
     if rollout.uses_servers:
         problems += [
-            f"{flag(name)} {getattr(parallel, name)}: the layout of --rollout-engine "
+            f"{flag(each.name)} {getattr(parallel, each.name)}: the layout of --rollout-engine "
             f"{rollout.rollout_engine} is the servers' own; drop it"
-            for name in _LAYOUT
-            if getattr(parallel, name) > 1
+            for each in _LAYOUT
+            if getattr(parallel, each.name) != each.default
         ]
         if arguments.moe.moe_routing_replay == "rollout":
             problems.append(
