@@ -24,6 +24,8 @@ PROMPTS = [torch.tensor([3, 5, 7]), torch.tensor([11]), torch.arange(200) % V]
 class TablePolicy:
     """The trainer of `BigramEngine`'s law; every rank of a layout of one."""
 
+    row_multiple = 16
+
     def __init__(self, table: Tensor) -> None:
         self.table = table
         self.layout = SimpleNamespace(
