@@ -103,28 +103,20 @@ def describe(config: Config, inputs: Inputs, world_size: int) -> str:
     }
     if machines is not None:
         sections["the speed of training"] = text.speed_lines(job, machines, speed(job, machines))
-    found = warnings(job, texts)
-    if found:
-        sections["worth a look"] = found
-    blocks = [f"Megatron-DRPO {__version__}, dry run: all checks passed, nothing was started"]
-    for title, lines in sections.items():
-        blocks.append("\n".join([title, *(f"  {line}" for line in lines)]))
-    return "\n\n".join(blocks)
+    sections["worth a look"] = warnings(job, texts)
+    head = f"Megatron-DRPO {__version__}, dry run: all checks passed, nothing was started"
+    return f"{head}\n\n{text.page(sections)}"
 
 
 def job_of(config: Config, inputs: Inputs, world_size: int) -> Job:
     """What a plan of this run is about."""
-    gpu, chosen = inputs.device.kind == "cuda", config.model.transformer_impl
-    engine = chosen == "transformer_engine" or (
-        chosen == "auto" and hardware.look(inputs.device).transformer_engine is not None
-    )
     known = (*inputs.prompts, *inputs.eval_prompts, *(r.prompt for r, _ in inputs.rollouts or ()))
     return Job(
         inputs.architecture,
         config,
         world_size,
-        gpu=gpu,
-        transformer_engine=gpu and engine,
+        gpu=inputs.device.kind == "cuda",
+        transformer_engine=hardware.uses_engine(config, hardware.look(inputs.device)),
         prompt_length=max((prompt.token_ids.numel() for prompt in known), default=1),
         reference=inputs.reference and inputs.reference[0],
         generates=inputs.generates,

@@ -20,6 +20,7 @@ import torch
 from megatron_drpo.checkpoint.families import Architecture
 from megatron_drpo.config import Config, RecomputeModule
 from megatron_drpo.device import Device
+from megatron_drpo.plan.layouts import stage_layers
 
 Version = tuple[int, ...]
 
@@ -226,23 +227,14 @@ def _output_layer(config: Config, architecture: Architecture) -> Iterator[str]:
 
 def _recomputed_layers(config: Config, architecture: Architecture) -> Iterator[str]:
     memory, parallel = config.memory, config.parallel
-    count, layers = memory.recompute_num_layers, architecture.num_layers
+    count = memory.recompute_num_layers
     if memory.recompute_granularity != "full" or count is None:
         return
-    stages = parallel.pipeline_model_parallel_size
-    chunks = stages * parallel.num_virtual_stages_per_pipeline_rank
-    first, last = (
-        parallel.decoder_first_pipeline_num_layers,
-        parallel.decoder_last_pipeline_num_layers,
-    )
-    sizes = {
-        given // parallel.num_virtual_stages_per_pipeline_rank
-        for given in (first, last)
-        if given is not None
-    }
-    middle = chunks - chunks // stages * sum(given is not None for given in (first, last))
-    if middle:
-        sizes.add((layers - sum(given or 0 for given in (first, last))) // middle)
+    try:
+        of_stages = stage_layers(parallel, architecture.num_layers)
+    except ValueError:  # which is said elsewhere
+        return
+    sizes = {layers // parallel.num_virtual_stages_per_pipeline_rank for layers in of_stages}
     name = (
         f"--recompute-granularity full --recompute-method {memory.recompute_method} "
         f"--recompute-num-layers {count}"
@@ -266,7 +258,7 @@ def _layernorm_and_act(config: Config, machine: Machine) -> Iterator[str]:
     engine = machine.transformer_engine
     for module in sorted({"layernorm", "moe_act"} & set(memory.recompute_modules)):
         name = f"--recompute-modules {module}"
-        if not _uses_engine(config, machine):
+        if not uses_engine(config, machine):
             others = [each for each in get_args(RecomputeModule) if each not in _WITH_ENGINE]
             yield (
                 f"{name}: Megatron computes it again with Transformer Engine's layers on a GPU "
@@ -314,7 +306,7 @@ def _modules_of(config: Config, architecture: Architecture, machine: Machine) ->
                 )
             elif module == "mlp" and experts:
                 yield f"{text}: every layer of the model has experts (config.json); use moe"
-            elif module in fused and _uses_engine(config, machine):
+            elif module in fused and uses_engine(config, machine):
                 yield (
                     f"{text}: Transformer Engine computes this norm inside the linear layer that "
                     "follows, which keeps its input only; drop it"
@@ -332,7 +324,7 @@ def _offloading(config: Config, machine: Machine) -> Iterator[str]:
                 f"{name}: moves activations from a GPU to the host, but this run is on the CPU "
                 f"({machine.device.reason}); drop it"
             )
-        elif not _uses_engine(config, machine):
+        elif not uses_engine(config, machine):
             yield (
                 f"{name} --transformer-impl {config.model.transformer_impl}: Megatron does it with "
                 "Transformer Engine's layers only; use them (an NGC PyTorch container), or drop it"
@@ -370,8 +362,8 @@ def _offloading(config: Config, machine: Machine) -> Iterator[str]:
 # --- Versions -----------------------------------------------------------------------------------
 
 
-def _uses_engine(config: Config, machine: Machine) -> bool:
-    """Whether the layers are Transformer Engine's."""
+def uses_engine(config: Config, machine: Machine) -> bool:
+    """Whether the layers are Transformer Engine's rather than Megatron's local ones."""
     return (
         config.model.transformer_impl != "local"
         and machine.device.kind == "cuda"

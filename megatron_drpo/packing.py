@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_drpo.config import Aggregation
 from megatron_drpo.errors import ConfigError, RolloutError
 from megatron_drpo.types import KeptIds, Rollout, Row, Trajectory
+from megatron_drpo.vocab_parallel.gemm import round_up
 from megatron_drpo.vocab_parallel.kept import cat_kept, holds, select_kept, uncut
 
 
@@ -135,7 +136,8 @@ def pack(
     lengths = [_place(trajectory, sequence_multiple) for trajectory in trajectories]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[longest] > max_tokens:
-        rollout, tokens = trajectories[longest].rollout, _length(trajectories[longest])
+        rollout = trajectories[longest].rollout
+        tokens = rollout.num_tokens
         padded = (
             f", padded to {lengths[longest]} for context parallelism"
             if lengths[longest] > tokens
@@ -202,14 +204,9 @@ def _cost(row: Row, attention: AttentionCost) -> float:
     return row.tokens.numel() + sum(map(attention, row.cu_seqlens.diff().tolist()))
 
 
-def _length(trajectory: Trajectory) -> int:
-    rollout = trajectory.rollout
-    return rollout.prompt.token_ids.numel() + rollout.response_ids.numel()
-
-
 def _place(trajectory: Trajectory, multiple: int) -> int:
     """Tokens that the sequence takes up in its row."""
-    return -(-_length(trajectory) // multiple) * multiple
+    return round_up(trajectory.rollout.num_tokens, multiple)
 
 
 @dataclass(frozen=True)
@@ -251,7 +248,7 @@ def _plan(
         least = max(map(max, used)) if one_length else 1
         plan = []
         for rows, tokens in zip(replicas, used, strict=True):
-            sizes = [-(-max(count, least) // pad_multiple) * pad_multiple for count in tokens]
+            sizes = [round_up(max(count, least), pad_multiple) for count in tokens]
             own = [sum(attention(lengths[i]) for i in members) for members in rows]
             found = [
                 _Planned(members, size, size + cost)
@@ -296,7 +293,7 @@ def _fill(
         multiple: divides the number of rows of a share.
     """
     found = [_best_fit(lengths, share, max_tokens) for share in shares]
-    num_rows = -(-max(map(len, found)) // multiple) * multiple
+    num_rows = round_up(max(map(len, found)), multiple)
     heaviest = max(sum(lengths[i] for i in share) for share in shares)
     low, high = max(max(lengths), -(-heaviest // num_rows)), max_tokens
     while low < high:
@@ -336,7 +333,7 @@ def _row(
     """The members laid end to end, each padded to `multiple` and the row to `size`; see `Row`."""
     rollouts = [trajectory.rollout for trajectory in members]
     responses = torch.tensor([r.response_ids.numel() for r in rollouts], dtype=torch.int64)
-    lengths = torch.tensor([_length(trajectory) for trajectory in members], dtype=torch.int64)
+    lengths = torch.tensor([rollout.num_tokens for rollout in rollouts], dtype=torch.int64)
     places = torch.tensor([_place(t, multiple) for t in members], dtype=torch.int64)
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), places.cumsum(0)])
     starts, used, num_tokens = bounds[:-1], int(bounds[-1]), int(responses.sum())

@@ -512,9 +512,7 @@ def _check_row_budget(
         config.train.max_tokens_per_microbatch,
     )
     lengths = [prompt.token_ids.numel() + response for prompt in prompts]
-    lengths += [
-        rollout.prompt.token_ids.numel() + rollout.response_ids.numel() for rollout, _ in rollouts
-    ]
+    lengths += [rollout.num_tokens for rollout, _ in rollouts]
     cp = config.parallel.context_parallel_size
     longest = max(lengths, default=0)
     place = round_up(longest, 2 * cp) if cp > 1 else longest

@@ -101,6 +101,11 @@ class Rollout:
         return self.version_spans or ((self.response_ids.numel(), self.policy_version),)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and response."""
+        return self.prompt.token_ids.numel() + self.response_ids.numel()
+
+    @property
     def num_loss_tokens(self) -> int:
         """Tokens that the policy is trained on."""
         mask = self.loss_mask

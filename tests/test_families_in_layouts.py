@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from megatron_drpo.config import ParallelConfig
 from tests.distributed import run_distributed
 from tests.test_layouts import (
-    GREEDY_TOKENS,
     SHOWS_GRADIENTS,
     TEMPERATURE,
     end,
     fresh_trajectories,
     make_policy,
+    reference_greedy,
     reference_loss,
     sample,
     trajectories,
@@ -184,7 +184,10 @@ def _reference(directory: Path, case: Case) -> Reference:
     # The default for experts multiplies in groups, which CPUs do not do in fp64.
     model.config._experts_implementation = "eager"
     loss, scores = reference_loss(model.eval())
-    greedy = [_greedy(model, each.rollout.prompt.token_ids) for each in trajectories()[: COUNTS[0]]]
+    greedy = [
+        reference_greedy(model, each.rollout.prompt.token_ids)
+        for each in trajectories()[: COUNTS[0]]
+    ]
     loss.backward()
     norm = update_reference(model, CLIP)
     assert norm > 1.5 * CLIP
@@ -196,18 +199,6 @@ def _reference(directory: Path, case: Case) -> Reference:
         for t, score in enumerate(of_response)
     }
     return Reference(float(loss.detach()), norm, places, greedy, weights)
-
-
-def _greedy(model: Any, prompt: torch.Tensor) -> list[int]:
-    out = model.generate(
-        prompt[None],
-        attention_mask=torch.ones_like(prompt)[None],
-        max_new_tokens=GREEDY_TOKENS,
-        do_sample=False,
-        eos_token_id=[2, 9],
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="module")

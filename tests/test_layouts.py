@@ -127,6 +127,19 @@ def update_reference(model: Any, clip: float = math.inf) -> float:
     return norm
 
 
+def reference_greedy(model: Any, prompt: Tensor) -> list[int]:
+    """The likeliest continuation of a prompt, by transformers."""
+    out = model.generate(
+        prompt[None],
+        attention_mask=torch.ones_like(prompt)[None],
+        max_new_tokens=GREEDY_TOKENS,
+        do_sample=False,
+        eos_token_id=[2, 9],
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
 def reference(family: str, tie: bool) -> tuple[float, list[list[float]], dict[str, Tensor]]:
     """(loss, log-probs of each response, weights after the update), by transformers in fp64."""
     model = tiny_model(family, tie=tie, dtype=torch.float64)
@@ -366,16 +379,7 @@ def test_greedy_generation_is_that_of_transformers(results, family: str, tie: bo
     model = tiny_model(family, tie=tie)
     greedy = _result(results, family, "dp4")[0]["greedy"]
     for trajectory, ids in zip(trajectories(), greedy, strict=True):
-        prompt = trajectory.rollout.prompt.token_ids
-        out = model.generate(
-            prompt[None],
-            attention_mask=torch.ones_like(prompt)[None],
-            max_new_tokens=GREEDY_TOKENS,
-            do_sample=False,
-            eos_token_id=[2, 9],
-            pad_token_id=0,
-        )
-        assert out[0, len(prompt) :].tolist() == ids
+        assert reference_greedy(model, trajectory.rollout.prompt.token_ids) == ids
 
 
 @pytest.mark.distributed

@@ -606,10 +606,12 @@ def chosen_reference(
     num_layers: int | None = None,
 ) -> ParallelConfig:
     """What a run of a published model in bf16, on GPUs with so much memory, is compared with."""
+    from megatron_drpo import hardware
     from megatron_drpo.device import Device
     from megatron_drpo.preflight import Inputs
     from megatron_drpo.verify_layout import layouts
 
+    monkeypatch.setattr(hardware, "look", hardware.Machine)  # a GPU without Transformer Engine
     config = config_of(Path(), Task(model, bf16=True), sizes)
     prompts = (Prompt("p", "", torch.zeros(100, dtype=torch.int64), None),)
     inputs = Inputs(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ import tyro
 
 from megatron_drpo.arguments import parse
 from megatron_drpo.cli import exit_status
-from megatron_drpo.config import Config, MemoryConfig, flag
+from megatron_drpo.config import Config, MemoryConfig, ParallelConfig, flag
 from megatron_drpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class Patient:
                 job, self.machines, speed(job, self.machines)
             )
         sections["worth a look"] = warnings(job)
-        _print(sections)
+        print(text.page(sections))
         if self.device_bytes is not None and not fits(job, self.device_bytes):
             raise ConfigError(self._too_large(job))
 
@@ -224,39 +224,43 @@ class Patient:
     def _ranked(self) -> list[tuple[Job, Speed]]:
         """Layouts that fit, the fastest first; recomputed only where they do not fit without."""
         from megatron_drpo.plan.layouts import possible
-        from megatron_drpo.plan.speed import fits, speed
+        from megatron_drpo.plan.speed import speed
 
-        assert self.device_bytes is not None, "checked with the flags"
         kept = []
         for parallel in possible(
             self.config, self.doctor.world_size, self.architecture, self.reference
         ):
             if parallel.tensor_model_parallel_size > self.doctor.gpus_per_node:
                 continue
-            for memory in (self.config.memory, _RECOMPUTED):
-                job = self.job(replace(self.config, parallel=parallel, memory=memory))
-                if fits(job, self.device_bytes):
-                    kept.append((job, speed(job, self.machines)))
-                    break
+            job = self._fitting(parallel)
+            if job is not None:
+                kept.append((job, speed(job, self.machines)))
         return sorted(kept, key=lambda found: found[1].seconds)
 
-    def _too_large(self, job: Job) -> str:
-        from megatron_drpo.plan.layouts import Shape, nearest
-        from megatron_drpo.plan.memory import fullest, memory
-        from megatron_drpo.plan.speed import USABLE, fits
+    def _fitting(self, parallel: ParallelConfig) -> Job | None:
+        """The run in a layout, recomputed only where it must be to fit; None if it never fits."""
+        from megatron_drpo.plan.speed import fits
 
-        assert self.device_bytes is not None
+        assert self.device_bytes is not None, "asked for only where it is known"
+        for memory in (self.config.memory, _RECOMPUTED):
+            job = self.job(replace(self.config, parallel=parallel, memory=memory))
+            if fits(job, self.device_bytes):
+                return job
+        return None
+
+    def _too_large(self, job: Job) -> str:
+        from megatron_drpo.plan.layouts import nearest
+        from megatron_drpo.plan.memory import fullest, memory
+        from megatron_drpo.plan.speed import USABLE
+
         worst = fullest(memory(job))
         near = []
         for parallel in nearest(
             self.config, self.doctor.world_size, self.architecture, self.reference
         ):
-            for setting in (self.config.memory, _RECOMPUTED):
-                other = replace(self.config, parallel=parallel, memory=setting)
-                if fits(self.job(other), self.device_bytes):
-                    shape = Shape.of(parallel, self.doctor.world_size)
-                    near.append(f"{_flags(other, self.config)} ({shape})")
-                    break
+            other = self._fitting(parallel)
+            if other is not None:
+                near.append(f"{_flags(other.config, self.config)} ({other.shape})")
             if len(near) == NUM_NEAR:
                 break
         remedy = (
@@ -312,15 +316,6 @@ def _flags(config: Config, present: Config) -> str:
         words += ["--recompute-granularity full --recompute-method uniform"]
         words += ["--recompute-num-layers 1"]
     return " ".join(words) or "as it is"
-
-
-def _print(sections: Mapping[str, Sequence[str]]) -> None:
-    blocks = [
-        "\n".join([title, *(f"  {line}" for line in lines)])
-        for title, lines in sections.items()
-        if lines
-    ]
-    print("\n\n".join(blocks))
 
 
 if __name__ == "__main__":

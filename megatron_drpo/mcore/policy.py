@@ -54,6 +54,7 @@ from megatron_drpo.metrics import TokenDiagnostics
 from megatron_drpo.objectives import build_objective
 from megatron_drpo.packing import pack
 from megatron_drpo.plan.flops import attention_cost
+from megatron_drpo.plan.layouts import Shape
 from megatron_drpo.row_loss import OutputLayer, check_finite, fused_loss, plain_loss, score
 from megatron_drpo.types import Row, RowShare, Trajectory
 from megatron_drpo.vocab_parallel import TokenScores, kept_to
@@ -220,7 +221,7 @@ class Policy:
             aggregation=config.objective.loss_aggregation,
             horizon=config.loss_token_horizon,
             pad_multiple=self.row_multiple,
-            sequence_multiple=2 * layout.cp_size if layout.cp_size > 1 else 1,
+            sequence_multiple=self._shape.sequence_multiple,
             one_length=layout.pp_size > 1,
             attention=attention_cost(self.architecture),
         )
@@ -231,9 +232,11 @@ class Policy:
 
         Context parallelism shares them out, and sequence parallelism those of a rank.
         """
-        layout = self.layout
-        split = layout.tp_size if layout.sequence_parallel else 1
-        return layout.cp_size * math.lcm(16, split * self.config.precision.row_multiple)
+        return self._shape.row_multiple(self.config.precision.row_multiple)
+
+    @property
+    def _shape(self) -> Shape:
+        return Shape.of(self.config.parallel, self.layout.world_size)
 
     @torch.no_grad()
     def annotate(self, updates: Sequence[Sequence[Row]]) -> list[list[Row]]:

@@ -102,7 +102,7 @@ class Job:
     def rows(self) -> Rows:
         """See `Rows`; as `packing.pack` makes them of sequences of one length."""
         shape, budget = self.shape, self.config.train.max_tokens_per_microbatch
-        place = round_up(self.longest, 2 * shape.cp if shape.cp > 1 else 1)
+        place = round_up(self.longest, shape.sequence_multiple)
         multiple = shape.pp if shape.vp > 1 else 1  # of rows, in an interleaved pipeline
         fit = max(min(budget // place, -(-self.samples_per_update // (shape.dp * multiple))), 1)
         count = -(-self.samples_per_update // (fit * shape.dp * multiple)) * multiple

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_drpo.checkpoint.families import Architecture
 from megatron_drpo.plan import sizes
@@ -13,6 +13,16 @@ from megatron_drpo.plan.traffic import collectives
 
 GIB = 1 << 30
 _UNITS = {"GiB": GIB, "MiB": 1 << 20, "KiB": 1 << 10}
+
+
+def page(sections: Mapping[str, Sequence[str]]) -> str:
+    """Titles with their lines under them; a section without lines is left out."""
+    blocks = (
+        "\n".join([title, *(f"  {line}" for line in lines)])
+        for title, lines in sections.items()
+        if lines
+    )
+    return "\n\n".join(blocks)
 
 
 def model_lines(job: Job) -> list[str]:

@@ -23,6 +23,7 @@ from megatron_drpo.packing import pack, split_updates
 from megatron_drpo.preflight import Inputs
 from megatron_drpo.prompts import PromptSampler
 from megatron_drpo.types import KeptIds, Rollout, Row, Trajectory
+from megatron_drpo.vocab_parallel.gemm import round_up
 
 BEHAVIOUR_NOISE, OLD_NOISE = 0.1, 0.05
 """Standard deviations in nats of what is made up from the trainer's log-probs."""
@@ -40,12 +41,16 @@ class Batch:
     old_logprobs: Tensor | None = None
     """fp32 [all tokens]: the trainer's before the update, where they are made up."""
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, prompt and response."""
+        return [trajectory.rollout.num_tokens for trajectory in self.trajectories]
+
     @cached_property
     def one_by_one(self) -> list[Row]:
         """Every sequence in a row of its own, all padded to the longest."""
-        config, longest = self.config, max(map(_length, self.trajectories))
-        multiple = math.lcm(16, config.precision.row_multiple)
-        size = -(-longest // multiple) * multiple
+        config = self.config
+        size = round_up(max(self.lengths), math.lcm(16, config.precision.row_multiple))
         return [
             pack(
                 [trajectory],
@@ -61,24 +66,18 @@ class Batch:
     @cached_property
     def starts(self) -> dict[str, int]:
         """Number of the first token of each sequence, by the name that rows give it."""
-        lengths = map(_length, self.trajectories)
-        starts = itertools.accumulate(lengths, initial=0)
+        starts = itertools.accumulate(self.lengths, initial=0)
         return dict(zip((row.names[0] for row in self.one_by_one), starts, strict=False))
 
     @property
     def num_tokens(self) -> int:
         """Prompts included."""
-        return sum(map(_length, self.trajectories))
+        return sum(self.lengths)
 
     def numbers(self, row: Row) -> Tensor:
         """int64 [T]: which tokens the loss tokens of a row are."""
         starts = torch.tensor([self.starts[name] for name in row.names], dtype=torch.int64)
         return starts[row.sequence] + row.positions[row.loss_index] + 1
-
-
-def _length(trajectory: Trajectory) -> int:
-    rollout = trajectory.rollout
-    return rollout.prompt.token_ids.numel() + rollout.response_ids.numel()
 
 
 def make_batch(config: Config, inputs: Inputs, policy: Policy) -> Batch:
