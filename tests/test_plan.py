@@ -188,6 +188,12 @@ def test_uneven_stages(
             ["--expert-tensor-parallel-size 32", "ffn_hidden_size 48", "24"],
         ),
         (layout(cp=8), 8, SMALL, ["size 8", "16 pieces", "microbatch 8", "at most 4"]),
+        (
+            layout(tp=2, ep=3, expert_tensor_parallel_size=1, sequence_parallel=True),
+            6,
+            replace(EXPERTS, num_experts=9),
+            ["--tensor-model-parallel-size 2", "--expert-model-parallel-size 3", "neither 2 nor"],
+        ),
     ],
 )
 def test_what_is_impossible_names_flags_both_numbers_and_a_way_out(

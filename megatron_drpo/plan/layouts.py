@@ -78,6 +78,11 @@ class Shape:
         """Ranks that share a row's tokens out between the tensor-parallel parts of a layer."""
         return self.cp * (self.tp if self.sequence_parallel else 1)
 
+    @property
+    def sequence_multiple(self) -> int:
+        """What the tokens that a sequence takes up in a row are a multiple of."""
+        return 2 * self.cp if self.cp > 1 else 1
+
     def row_multiple(self, products: int = 1) -> int:
         """What the tokens of a row are a multiple of, where those of a product of matrices are one
         of `products` (`PrecisionConfig.row_multiple`)."""
@@ -289,6 +294,15 @@ def _model_problems(
         found.append(
             f"--expert-model-parallel-size {ep}: does not divide num_experts {experts} of {whose} "
             f"(config.json); use one of {_listed(fitting)}"
+        )
+    tp, shared = parallel.tensor_model_parallel_size, ep * parallel.expert_tensor_size
+    if experts and shared % tp and tp % shared:
+        # Replicas that share experts generate in step; here one would belong to two such sets.
+        found.append(
+            f"--tensor-model-parallel-size {tp} --expert-model-parallel-size {ep} "
+            f"--expert-tensor-parallel-size {parallel.expert_tensor_size}: the {tp} ranks of TP "
+            f"would share experts with different ranks, as neither {tp} nor EP x expert TP "
+            f"{shared} divides the other; use sizes that do"
         )
     return found + (_training_problems(parallel, architecture) if trained else [])
 
