@@ -1,4 +1,8 @@
-"""Several gloo processes for one test: started, bounded in time, and cleaned up, here only."""
+"""Several gloo processes for one test: started, bounded in time, and cleaned up, here only.
+
+They are forked off a process that has imported torch, transformers and Megatron once for all tests:
+each would spend ten seconds with that, and several of them together more.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["transformers", "megatron_drpo.mcore.policy"])
+
 
 def run_distributed(
     fn: Callable[..., None], world_size: int, *args: Any, timeout: float = 600.0
@@ -32,12 +39,12 @@ def run_distributed(
         AssertionError: a process failed (with its traceback) or did not end in time (with the
             stacks of those that hung).
     """
-    context = multiprocessing.get_context("spawn")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as torch is imported: no thread is forked
     with tempfile.TemporaryDirectory() as scratch:
         processes = [
-            context.Process(
+            _CONTEXT.Process(
                 target=_child,
-                args=(fn, rank, world_size, Path(scratch), timeout, args),
+                args=(fn, rank, world_size, Path(scratch), timeout, dict(os.environ), args),
             )
             for rank in range(world_size)
         ]
@@ -99,9 +106,16 @@ def _read(path: Path) -> str:
 
 
 def _child(
-    fn: Callable[..., None], rank: int, world_size: int, scratch: Path, timeout: float, args: Any
+    fn: Callable[..., None],
+    rank: int,
+    world_size: int,
+    scratch: Path,
+    timeout: float,
+    environment: dict[str, str],
+    args: Any,
 ) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.clear()  # of the server, which may be older than what a test has set
+    os.environ |= environment
     torch.set_num_threads(1)
     with (scratch / str(rank)).open("w") as note:
         faulthandler.dump_traceback_later(max(timeout - 5, 1), file=note)

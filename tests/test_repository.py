@@ -38,6 +38,11 @@ LAYERS = (
         "cli",
         "report",
         "__main__",
+        "launch",
+        "doctor",
+        "installation",
+        "replay",
+        "megatron_lm",
     },
 )
 CUDA_ONLY = {
