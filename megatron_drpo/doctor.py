@@ -1,7 +1,12 @@
-"""What a run would take, from config.json alone: no weights, no prompts, no GPU, no torchrun.
+"""Is the installation ready, and what would a run take? No weights, no prompts, no torchrun.
 
-    python tools/doctor.py --hf-model DIR_OR_CONFIG_JSON --world-size 64 --device-memory-gib 80 \\
-        --peak-tflops 989 --bf16 [any flag of training]
+    python -m megatron_drpo.doctor [--require-gpu]
+
+checks the machine, its packages and kernels, and makes a training step (`installation`). With a
+number of ranks it plans a run, from config.json alone, and needs no GPU:
+
+    python -m megatron_drpo.doctor --hf-model DIR_OR_CONFIG_JSON --world-size 64 \\
+        --device-memory-gib 80 --peak-tflops 989 --bf16 [any flag of training]
 
 prints the model, the layout, the memory of a rank by pipeline stage, what ranks send each other and
 how long a step takes; it exits with status 2 and a reason where the layout is impossible or does
@@ -16,12 +21,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
+from megatron_drpo import __version__
 from megatron_drpo.arguments import parse
 from megatron_drpo.cli import exit_status
 from megatron_drpo.config import Config, MemoryConfig, ParallelConfig, flag
@@ -43,11 +49,14 @@ _NO_PROMPTS = "(none)"
 
 @dataclass(frozen=True)
 class Doctor:
-    """What a run would take, before there is a cluster, a checkpoint or a prompt. All flags of
-    training are understood as well: `bash examples/train_drpo_gpt.sh --help` lists them."""
+    """Without --world-size: whether this machine is ready to train. With it: what a run would take,
+    before there is a cluster, a checkpoint or a prompt; then all flags of training are understood
+    as well (`bash examples/train_drpo_gpt.sh --help` lists them)."""
 
-    world_size: int
-    """Ranks: GPUs."""
+    require_gpu: bool = False
+    """A machine without a usable GPU is not ready."""
+    world_size: int | None = None
+    """Ranks of the run to plan: GPUs."""
     device_memory_gib: float | None = None
     """Memory of a GPU; then a run that does not fit is refused."""
     prompt_length: int = 1024
@@ -68,7 +77,7 @@ class Doctor:
     """Compute capability of the GPUs, which FP8 depends on: 8.9 Ada, 9.0 Hopper, 10.0 Blackwell."""
 
     def problems(self, config: Config) -> list[str]:
-        """Values that mean nothing."""
+        """Values that mean nothing in a plan."""
         positive = ("device_memory_gib", "node_gbytes", "network_gbytes", "efficiency")
         rules = {name: (getattr(self, name), 0.0, "above 0") for name in positive}
         counted = ("world_size", "prompt_length", "gpus_per_node")
@@ -78,6 +87,8 @@ class Doctor:
             for name, (value, least, need) in rules.items()
             if value is not None and not value > least
         ]
+        if self.require_gpu:
+            found.append("--require-gpu: a plan needs no GPU; drop it, or --world-size")
         if self.efficiency is not None and self.efficiency > 1:
             found.append(f"--efficiency {self.efficiency}: must be at most 1")
         if self.suggest and config.train.peak_tflops is None:
@@ -88,23 +99,26 @@ class Doctor:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; the exit status."""
+    """Examine or plan; the exit status."""
     return exit_status(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse, check, plan.
+    """Parse, check, and print what was found.
 
     Raises:
-        DrpoError: whatever the user has to mend, or that the run does not fit.
+        DrpoError: whatever the user has to mend; the machine is not ready, or the run does not fit.
     """
     doctor, rest = tyro.cli(
         Doctor,
         args=argv,
-        prog="doctor.py",
+        prog="doctor",
         return_unknown_args=True,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    if doctor.world_size is None:
+        _examine_installation(doctor, rest)
+        return
     named = [word.partition("=")[0] for word in rest]
     if "--prompts" not in named and "--rollouts-file" not in named:
         rest = [*rest, "--prompts", _NO_PROMPTS, "--rollouts-file", "None"]
@@ -112,22 +126,44 @@ def run(argv: Sequence[str]) -> None:
     found = doctor.problems(config)
     if found:
         raise ConfigError("\n".join(found))
-    patient = Patient(doctor, config)
+    patient = Patient(doctor, doctor.world_size, config)
     if doctor.suggest:
         patient.suggest()
     else:
         patient.examine()
 
 
+def _examine_installation(doctor: Doctor, rest: Sequence[str]) -> None:
+    given = [
+        flag(each.name) for each in fields(Doctor) if getattr(doctor, each.name) != each.default
+    ]
+    unread = [*(name for name in given if name != "--require-gpu"), *rest]
+    if unread:
+        raise ConfigError(
+            f"--world-size: is missing, and {unread[0]} is about a run on so many ranks; give it "
+            "for a plan, or no flags to examine this machine"
+        )
+    from megatron_drpo.installation import examine
+
+    print(f"Megatron-DRPO {__version__}: is this machine ready?\n")
+    failed = 0
+    for finding in examine(doctor.require_gpu):
+        print(f"  {finding.verdict:<4}  {finding.what:<18}  {finding.says}", flush=True)
+        failed += finding.verdict == "FAIL"
+    if failed:
+        raise ConfigError(f"not ready: {failed} of the above failed")
+    print("\nready")
+
+
 class Patient:
     """A model and a configuration on so many ranks."""
 
-    def __init__(self, doctor: Doctor, config: Config) -> None:
+    def __init__(self, doctor: Doctor, world_size: int, config: Config) -> None:
         # Imported here and below, since torch takes seconds: a mistyped flag is answered at once.
         from megatron_drpo.objectives import build_objective
         from megatron_drpo.plan.speed import Machines
 
-        self.doctor, self.config = doctor, config
+        self.doctor, self.world_size, self.config = doctor, world_size, config
         self.gpu = config.parallel.device != "cpu"
         self.architecture, self.reference = _architecture("--hf-model", config.model.hf_model), None
         needs = build_objective(config.objective).needs
@@ -157,7 +193,7 @@ class Patient:
         return Job(
             self.architecture,
             config,
-            self.doctor.world_size,
+            self.world_size,
             gpu=self.gpu,
             transformer_engine=self.gpu and config.model.transformer_impl != "local",
             prompt_length=self.doctor.prompt_length,
@@ -176,7 +212,7 @@ class Patient:
         from megatron_drpo.plan.layouts import problems
         from megatron_drpo.plan.speed import fits, speed
 
-        found = problems(self.config, self.doctor.world_size, self.architecture, self.reference)
+        found = problems(self.config, self.world_size, self.architecture, self.reference)
         found += self._unsupported()
         if found:
             raise ConfigError("\n".join(found))
@@ -207,7 +243,7 @@ class Patient:
         found = self._ranked()[:NUM_SUGGESTED]
         if not found:
             raise ConfigError(
-                f"--world-size {self.doctor.world_size} --device-memory-gib "
+                f"--world-size {self.world_size} --device-memory-gib "
                 f"{self.doctor.device_memory_gib:g}: no layout of this model fits, even with all "
                 "layers recomputed; use more GPUs, or lower --max-tokens-per-microbatch "
                 f"{self.config.train.max_tokens_per_microbatch}"
@@ -227,9 +263,7 @@ class Patient:
         from megatron_drpo.plan.speed import speed
 
         kept = []
-        for parallel in possible(
-            self.config, self.doctor.world_size, self.architecture, self.reference
-        ):
+        for parallel in possible(self.config, self.world_size, self.architecture, self.reference):
             if parallel.tensor_model_parallel_size > self.doctor.gpus_per_node:
                 continue
             job = self._fitting(parallel)
@@ -255,9 +289,7 @@ class Patient:
 
         worst = fullest(memory(job))
         near = []
-        for parallel in nearest(
-            self.config, self.doctor.world_size, self.architecture, self.reference
-        ):
+        for parallel in nearest(self.config, self.world_size, self.architecture, self.reference):
             other = self._fitting(parallel)
             if other is not None:
                 near.append(f"{_flags(other.config, self.config)} ({other.shape})")

@@ -1,18 +1,22 @@
-"""tools/doctor.py, end to end: what it prints, and when it refuses."""
+"""The doctor, end to end: what it says of this machine and of a plan, and when it refuses."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_drpo import doctor, installation
+from megatron_drpo.installation import Finding
 from tests.published_configs import PUBLISHED
-from tools import doctor
 
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = "Qwen3-30B-A3B"
 H100 = ["--device-memory-gib", "80", "--peak-tflops", "989", "--bf16"]
 FITS = ["--world-size", "64", "--expert-model-parallel-size", "8", *H100]
@@ -132,7 +136,7 @@ def test_the_guide_prints_what_the_tool_prints(
 
 def test_it_starts_without_megatron_and_tells_a_typing_error_without_torch() -> None:
     code = (
-        "import sys; from tools import doctor; status = doctor.main({!r}); "
+        "import sys; from megatron_drpo import doctor; status = doctor.main({!r}); "
         "print(status, 'torch' in sys.modules, any(m.startswith('megatron.') for m in sys.modules))"
     )
     argv = ["--world-size", "8", "--hf-model", "gone", "--tensor-model-paralel-size", "2"]
@@ -147,3 +151,77 @@ def test_it_starts_without_megatron_and_tells_a_typing_error_without_torch() -> 
     )
     assert done.stdout.strip() == "2 True False", done.stderr
     assert "gone" in done.stderr
+
+
+# --- The installation ---------------------------------------------------------------------------
+
+
+def test_this_machine_is_ready() -> None:
+    """As the container's health check starts it, from anywhere."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_drpo.doctor"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("ready") and done.stderr == ""
+    verdicts = dict(re.findall(r"^  (?:ok|note)  +([\w -]+?)  +(\S.*)$", done.stdout, re.MULTILINE))
+    near = r"within (\S+) (?:of fp64|nats of transformers)"
+    for what in ("kernels", "training step"):
+        (worst,) = re.findall(near, verdicts[what])
+        assert 0 < float(worst) < 1e-5
+
+
+def findings(monkeypatch: pytest.MonkeyPatch, require_gpu: bool = False) -> dict[str, Finding]:
+    """All but the training step."""
+    monkeypatch.setattr(installation, "_training_step", lambda device: "left out")
+    return {found.what: found for found in installation.examine(require_gpu)}
+
+
+def test_what_is_wrong_is_said_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ["torch>=99", "no-such-package>=1", 'other>=1; extra == "test"', "safetensors>=0.1"]
+    monkeypatch.setattr(installation, "requires", lambda name: wanted)
+    found = findings(monkeypatch, require_gpu=True)
+    packages, device = found["packages"], found["device"]
+    assert packages.verdict == device.verdict == "FAIL"
+    assert "torch is" in packages.says and ">=99 is needed" in packages.says
+    assert "no-such-package>=1 is not installed" in packages.says
+    assert "other" not in packages.says and "safetensors" not in packages.says
+    assert "--require-gpu" in device.says and "--gpus all" in device.says
+    assert found["kernels"].verdict == "ok"
+    assert doctor.main(["--require-gpu"]) == 2
+    assert "not ready: 2 of the above failed" in capsys.readouterr().err
+
+
+def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_drpo import vocab_parallel
+
+    right = vocab_parallel.logprobs_and_entropy
+
+    def wrong(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        scores = right(logits, *args, **kwargs)
+        return scores._replace(logprobs=scores.logprobs * 1.001)
+
+    monkeypatch.setattr(vocab_parallel, "logprobs_and_entropy", wrong)
+    found = findings(monkeypatch)["kernels"]
+    assert found.verdict == "FAIL" and "away from fp64" in found.says
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--hf-model", "m"], "--world-size: is missing, and --hf-model is about"),
+        (["--suggest"], "--world-size: is missing, and --suggest is about"),
+        (["--world-size", "8", "--hf-model", "m", "--require-gpu"], "--require-gpu: a plan needs"),
+    ],
+)
+def test_a_plan_and_an_examination_are_not_mixed(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor.main(argv) == 2
+    assert message in capsys.readouterr().err

@@ -2,6 +2,6 @@
 
 Where it fits: L2. Pure functions over `Architecture`, `Config` and the number of ranks; no process
 group, no megatron, no file. `preflight` asks whether a layout is possible (`layouts`); `--dry-run`
-and tools/doctor.py print what it takes: parameters (`sizes`), bytes (`memory`), messages
+and the doctor print what it takes: parameters (`sizes`), bytes (`memory`), messages
 (`traffic`) and time (`speed`), with warnings where settings are allowed but odd (`advice`).
 """

@@ -1,4 +1,4 @@
-"""A plan as lines for people: what `--dry-run` and tools/doctor.py both print."""
+"""A plan as lines for people: what `--dry-run` and the doctor both print."""
 
 from __future__ import annotations
 
