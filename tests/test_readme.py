@@ -1,15 +1,23 @@
-"""The README says what is true: its tree is the disk's, its commands and flags exist."""
+"""The README says what is true: its tree is the disk's, its commands run, every flag is told."""
 
 from __future__ import annotations
 
-import argparse
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_type_hints
 
-from megatron_drpo.arguments import Options, parse, types_of
-from megatron_drpo.config import Config, ModelConfig, flag
-from tools import convert_checkpoint, doctor
+import pytest
+
+from megatron_drpo import doctor
+from megatron_drpo.arguments import Options, types_of
+from megatron_drpo.config import Config
+from tests.tiny_run import make_tiny_run
+from tools import document_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,41 +41,102 @@ def test_the_tree_is_the_disks() -> None:
     assert all((ROOT / name).exists() for name in lines[-1].split())
 
 
-def test_the_flags_exist() -> None:
-    flags = {flag(name) for name in Config(ModelConfig("m"), data=_data()).flat()}
-    flags |= {"--help"} | _options(convert_checkpoint.build_parser())
-    flags |= {flag(name) for name in types_of([Options, doctor.Doctor])}
-    elsewhere = {"--nproc-per-node", "--logdir"}  # torchrun's and TensorBoard's
-    mentioned = set(re.findall(r"--[a-z][a-z0-9-]+", README)) - elsewhere
-    assert mentioned and mentioned <= flags
-
-
-def _options(parser: argparse.ArgumentParser) -> set[str]:
-    """The flags of a parser and of its commands."""
-    found = set()
-    for action in parser._actions:
-        found |= {option for option in action.option_strings if option.startswith("--")}
-        if isinstance(action, argparse._SubParsersAction):
-            found |= {option for each in action.choices.values() for option in _options(each)}
+def commands() -> list[list[str]]:
+    """Every command of the README, in order, as words, without its comment."""
+    found = []
+    for block in BLOCKS:
+        for line in block.replace("\\\n", " ").splitlines():
+            if re.match(r"\s*(make|torchrun|python) ", line):
+                words = shlex.split(line, comments=True)
+                under_torchrun = "# under torchrun" in line
+                found.append(["torchrun", *words[1:]] if under_torchrun else words)
     return found
 
 
-def _data():
-    from megatron_drpo.config import DataConfig
-
-    return DataConfig(prompts="p")
-
-
-def test_the_commands_parse() -> None:
-    command = next(block for block in BLOCKS if block.lstrip().startswith("torchrun"))
-    words = shlex.split(command.replace("\\\n", " "))
-    assert (ROOT / words[3]).is_file()
-    config, _ = parse(words[4:])
-    assert config.model.hf_model == "/models/my-llama"
+def test_the_targets_of_make_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"make ([a-z-]+)", README)
     assert {"train", "test"} <= set(targets)
-    assert all(f"\n{target}:" in makefile for target in targets)
+    assert all(f"\n{target}:" in makefile for target in targets if target != "it")
+
+
+_MEANT = {
+    "DIR": ["model"],
+    "FILE": ["train.jsonl"],
+    "RUN": ["runs/mine"],
+    "[RUN": ["runs/mine"],
+    "...]": [],
+    "N": ["2"],
+    "/models/my-llama": ["model"],
+    "[flags]": ["--config", "run.yaml", "--output-dir", "runs/other"],
+}
+"""What stands for something of the reader's."""
+_SMALL = {
+    "rollout-prompts-per-step: 4",
+    "rollout-samples-per-prompt: 2",
+    "rollout-max-response-length: 8",
+    "updates-per-rollout: 2",
+    "train-iters: 2",
+}
+"""The paper's batch is too large for a test."""
+
+
+@pytest.mark.distributed
+def test_every_command_runs_as_it_is_written(tmp_path: Path) -> None:
+    make_tiny_run(tmp_path)
+    (tmp_path / "prompts.jsonl").rename(tmp_path / "train.jsonl")
+    shutil.copy(tmp_path / "train.jsonl", tmp_path / "heldout.jsonl")
+    lines = {"hf-model: model", "prompts: train.jsonl", "reward: exact", *_SMALL}
+    (tmp_path / "run.yaml").write_text("\n".join(sorted(lines)))
+    ran = set()
+    for number, words in enumerate(commands()):
+        if words[0] == "make":
+            continue
+        words = [meant for word in words for meant in _MEANT.get(word, [word])]
+        if "--out" in words:
+            words[words.index("--out") + 1] = f"out-{number}"
+        program = words[1] if words[0] == "python" else words[3]
+        if "mine" in words[-1] and "--resume" not in words and words[0] == "torchrun":
+            flags = shlex.split(" ".join("--" + line.replace(":", "") for line in sorted(_SMALL)))
+            words += [*flags, "--save-rollouts", "--checkpoint-interval", "1"]
+        done = start(words, tmp_path)
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+        ran.add(Path(program).name)
+    print(ran)
+
+
+def start(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command, with this Python and this checkout, on two ranks at most."""
+    words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
+    if words[0] == "torchrun":
+        if words[1] == "--nproc-per-node":
+            words = [words[0], *words[3:]]
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words[1:]]
+    else:
+        words = words[1:]
+    outer = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in outer}
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**inherited, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_page_of_flags_is_current() -> None:
+    assert document_flags.PAGE.read_text() == document_flags.page(), (
+        "run python tools/document_flags.py"
+    )
+
+
+def test_every_flag_has_its_help() -> None:
+    rows = [line for line in document_flags.page().splitlines() if line.startswith("| `--")]
+    assert len(rows) == len(types_of([*get_type_hints(Config).values(), Options, doctor.Doctor]))
+    assert all(row.split(" | ")[-1].removesuffix(" |").strip() for row in rows)
 
 
 def test_the_documents_linked_exist() -> None:

@@ -21,7 +21,8 @@ SCRIPTS = sorted(path for name in ("tools", "examples") for path in (ROOT / name
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 
 LAYERS = (
-    {"__init__", "types", "config", "errors", "device", "disk", "metrics", "user_code"},
+    {"__init__", "types", "config", "errors", "device", "disk", "metrics", "user_code"}
+    | {"dashboard"},
     {"objectives", "vocab_parallel", "advantages", "rewards", "packing", "prompts", "row_loss"}
     | {"context_parallel"},
     {"mcore", "rollout", "weight_sync", "checkpoint", "plan"},

@@ -1,7 +1,8 @@
 """Draw the gradient weights of the objectives for docs/objectives.md.
 
 `python tools/plot_objectives.py` writes docs/images/objective_weights.png (one column per
-objective) and docs/images/drpo_weight.png (DRPO by delta). The weights are those that
+objective), docs/images/drpo_weight.png (DRPO by delta) and, for the README,
+docs/images/trust_region.png (four of them along one line). The weights are those that
 `megatron_drpo.objectives.build_objective` gives.
 """
 
@@ -38,18 +39,32 @@ FAMILY = {
     "pg_is": ObjectiveConfig("pg_is"),
 }
 RESOLUTION = 250
+LINES = {
+    "PPO, clip 0.2": (ObjectiveConfig("ppo"), "#718096", "-"),
+    "SPO, epsilon 0.5": (ObjectiveConfig("spo", spo_epsilon=0.5), "#2f855a", "--"),
+    "DPPO, delta 0.15": (ObjectiveConfig("dppo_tv"), "#c05621", "-"),
+    "DRPO, delta 0.15": (ObjectiveConfig("drpo", drpo_delta=0.15), "#2b6cb0", "-"),
+}
+"""By label: objective, colour and style."""
 
 
 def weights(config: ObjectiveConfig, advantage: float) -> tuple[torch.Tensor, ...]:
     """(mu, pi, w), each [RESOLUTION, RESOLUTION]: mu grows to the right, pi upwards."""
     axis = (torch.arange(RESOLUTION, dtype=torch.float64) + 0.5) / RESOLUTION
     pi, mu = torch.meshgrid(axis, axis, indexing="ij")
+    return mu, pi, weight_of(config, mu.flatten(), pi.flatten(), advantage).view_as(pi)
+
+
+def weight_of(
+    config: ObjectiveConfig, mu: torch.Tensor, pi: torch.Tensor, advantage: float
+) -> torch.Tensor:
+    """[N]: w at each pair of `mu` and `pi`, both [N]."""
     tokens = Tokens(
-        *(x.flatten() for x in (pi.log(), mu.log(), torch.full_like(pi, advantage))),
-        sequence_log_ratio=(pi / mu).log().flatten(),  # for gspo: sequences of a single token
+        *(pi.log(), mu.log(), torch.full_like(pi, advantage)),
+        sequence_log_ratio=(pi / mu).log(),  # for gspo: sequences of a single token
         sequence_length=torch.ones(pi.numel()),
     )
-    return mu, pi, build_objective(config)(tokens).gradient_weights.view_as(pi)
+    return build_objective(config)(tokens).gradient_weights
 
 
 def draw(path: Path, title: str, panels: Mapping[str, ObjectiveConfig]) -> None:
@@ -82,9 +97,28 @@ def draw(path: Path, title: str, panels: Mapping[str, ObjectiveConfig]) -> None:
     figure.savefig(path, dpi=90)
 
 
+def draw_lines(path: Path) -> None:
+    """Write the picture of a common and of a rare token, both to be made more likely."""
+    figure = Figure(figsize=(8.2, 2.9), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    tokens = ((0.4, 0.8, "a common token"), (0.01, 0.3, "a rare token"))
+    for ax, (mu, most, what) in zip(axes, tokens, strict=True):
+        pi = torch.linspace(mu / 50, most, 4 * RESOLUTION, dtype=torch.float64)
+        for label, (config, color, style) in LINES.items():
+            weight = weight_of(config, torch.full_like(pi, mu), pi, 1.0)
+            ax.plot(pi, weight, style, color=color, label=label, linewidth=1.8)
+        ax.axvline(mu, color="grey", linewidth=0.8, linestyle="dotted")
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.set(title=f"{what}, mu = {mu:g}, A > 0", xlabel="pi, current policy", ylim=(-1.1, 2.1))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("gradient weight w")
+    axes[0].legend(frameon=False, fontsize=8.5, loc="upper right")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the gradient weights of the objectives.")
-    parser.add_argument("--output-dir", type=Path, default=IMAGES, help="receives two .png files")
+    parser.add_argument("--output-dir", type=Path, default=IMAGES, help="receives three .png files")
     directory = parser.parse_args().output_dir
     for name, title, panels in (
         ("objective_weights", "Gradient weights", FAMILY),
@@ -93,6 +127,9 @@ def main() -> None:
         path = directory / f"{name}.png"
         draw(path, title, panels)
         print(path)
+    path = directory / "trust_region.png"
+    draw_lines(path)
+    print(path)
 
 
 if __name__ == "__main__":
