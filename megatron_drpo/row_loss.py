@@ -9,7 +9,7 @@ which knows tokens only, to `vocab_parallel`, which knows logits only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor
 from megatron_drpo.errors import RolloutError
 from megatron_drpo.metrics import TokenDiagnostics
 from megatron_drpo.objectives import Objective, Tokens
-from megatron_drpo.types import Row
+from megatron_drpo.types import Row, RowShare
 from megatron_drpo.vocab_parallel import (
     Other,
     Scores,
     TokenScores,
     divergence,
     fused_linear_objective,
+    kept_to,
     linear_scores,
     logprobs_and_entropy,
     outside,
@@ -68,6 +69,18 @@ class OutputLayer:
     def all_tokens(self, hidden: Tensor) -> Tensor:
         """[S, H] without gradient: `hidden` of every token, where sequence parallelism split it."""
         return gather_ranks(hidden, self.group).flatten(0, 1) if self.sequence_parallel else hidden
+
+
+def to_device(row: Row, device: torch.device) -> Row:
+    """The row with its tensors on `device`."""
+    tensors = {name: value for name, value in vars(row).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
+    if row.kept_ids is not None:
+        moved["kept_ids"] = kept_to(row.kept_ids, device)
+    if row.share is not None:
+        share = {name: value.to(device) for name, value in vars(row.share).items()}
+        moved["share"] = RowShare(**share)
+    return replace(row, **moved)
 
 
 def score(row: Row, hidden: Tensor, weight: Tensor, layer: OutputLayer) -> TokenScores:

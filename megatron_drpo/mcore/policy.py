@@ -55,9 +55,16 @@ from megatron_drpo.objectives import build_objective
 from megatron_drpo.packing import pack
 from megatron_drpo.plan.flops import attention_cost
 from megatron_drpo.plan.layouts import Shape
-from megatron_drpo.row_loss import OutputLayer, check_finite, fused_loss, plain_loss, score
-from megatron_drpo.types import Row, RowShare, Trajectory
-from megatron_drpo.vocab_parallel import TokenScores, kept_to
+from megatron_drpo.row_loss import (
+    OutputLayer,
+    check_finite,
+    fused_loss,
+    plain_loss,
+    score,
+    to_device,
+)
+from megatron_drpo.types import Row, Trajectory
+from megatron_drpo.vocab_parallel import TokenScores
 
 
 @dataclass(frozen=True)
@@ -475,15 +482,3 @@ class Policy:
 def row_count(row: Row, like: Tensor) -> Tensor:
     """`num_items` as Megatron adds it up: an integer on the model's device."""
     return torch.tensor(row.num_items, dtype=torch.int, device=like.device)
-
-
-def to_device(row: Row, device: torch.device) -> Row:
-    """The row with its tensors on `device`."""
-    tensors = {name: value for name, value in vars(row).items() if isinstance(value, Tensor)}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
-    if row.kept_ids is not None:
-        moved["kept_ids"] = kept_to(row.kept_ids, device)
-    if row.share is not None:
-        share = {name: value.to(device) for name, value in vars(row.share).items()}
-        moved["share"] = RowShare(**share)
-    return replace(row, **moved)
