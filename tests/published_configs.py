@@ -386,6 +386,38 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Architecture]] = {
             **_QK_NORM,
         ),
     ),
+    "Qwen3-4B-Base": (
+        _QWEN3
+        | {
+            "architectures": ["Qwen3ForCausalLM"],
+            "eos_token_id": 151643,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 36,
+            "model_type": "qwen3",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+            "rope_theta": 1000000,
+            "tie_word_embeddings": True,
+        },
+        Architecture(
+            family="qwen3",
+            num_layers=36,
+            hidden_size=2560,
+            ffn_hidden_size=9728,
+            num_attention_heads=32,
+            num_query_groups=8,
+            kv_channels=128,
+            vocab_size=151936,
+            max_position_embeddings=32768,
+            norm_epsilon=1e-6,
+            rotary_base=1e6,
+            tie_word_embeddings=True,
+            **_QK_NORM,
+        ),
+    ),
     "Qwen3-30B-A3B": (
         _QWEN3
         | {

@@ -1,9 +1,9 @@
 """The reward `math`: 1 for a response whose final answer equals the reference, else 0.
 
 In: a `RewardRequest` with an answer. Out: 0.0 or 1.0. Extraction and comparison are the math-verify
-library's: the last \\boxed{...} counts (several close to each other are one set), else the last
-mathematics between dollar signs or the last plain number. LaTeX that is neither boxed nor between
-dollar signs is not found.
+library's: the last \\boxed{...} counts (several close to each other are one set), else what follows
+words such as "final answer is", else the last mathematics between dollar signs or the last plain
+number. LaTeX that is neither boxed nor between dollar signs is not found.
 """
 
 from __future__ import annotations
