@@ -1,4 +1,4 @@
-"""Write docs/flags.md: every flag of training with its default and help, read off the configuration.
+"""Write docs/flags.md: every flag with its default and help, read off the configuration.
 
     python tools/document_flags.py
 
@@ -24,11 +24,13 @@ from megatron_drpo.doctor import Doctor
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 _HEAD = """# Every flag
 
-Of `examples/train_drpo_gpt.sh`, `megatron-drpo` and `python -m megatron_drpo`. The same names, without the
-dashes, are the keys of a YAML file for `--config`; the command line wins. A flag that is unknown, out of
-range, contradicts another or would do nothing is an error. `--dry-run` prints what a run would use.
+Of `examples/train_drpo_gpt.sh`, `megatron-drpo` and `python -m megatron_drpo`. The same names,
+without the dashes, are the keys of a YAML file for `--config`; the command line wins. A flag that
+is unknown, out of range, contradicts another or would do nothing is an error. `--dry-run` prints
+what a run would use.
 
-This page is written by `python tools/document_flags.py` from the docstrings that `--help` shows, too.
+This page is written by `python tools/document_flags.py` from the docstrings that `--help` shows,
+too.
 """
 
 
