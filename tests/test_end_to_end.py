@@ -15,11 +15,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_drpo.checkpoint.convert import megatron_to_hf
+from megatron_drpo.dashboard import is_measurement
 from tests.distributed import run_distributed
 from tests.tiny_run import make_tiny_run
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("time/", "tokens_per_second")
 REWARD = """
 def short(request):
     \"\"\"A reward that a random model varies in: the fewer characters the better.\"\"\"
@@ -93,7 +93,9 @@ def _train(rank: int, world_size: int, root: Path, flags: list[str]) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     flags = [*make_run(root), "--lr", "1e-3", "--no-progress", "--eval-interval", "3", "--bf16"]
-    # A frozen reference model and whole distributions: more that a resume must find again.
+    # A learning rate that moves, a frozen reference model and whole distributions: more that a
+    # resume must find again.
+    flags += ["--lr-warmup-iters", "2", "--lr-decay-style", "cosine", "--lr-decay-iters", "12"]
     flags += ["--kl-coef", "0.05", "--kl-estimator", "full"]
     flags += ["--eval-samples-per-prompt", "2", "--eval-top-p", "0.9"]
     run_distributed(_train, 2, root, flags)
@@ -104,7 +106,7 @@ def logged(run: Path) -> dict[int, dict[str, float]]:
     """Every number of metrics.jsonl by step and name, clocks left out."""
     steps: dict[int, dict[str, float]] = {}
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
-        values = {name: v for name, v in line.items() if not name.startswith(TIMES)}
+        values = {name: v for name, v in line.items() if not is_measurement(name)}
         steps.setdefault(values.pop("step"), {}).update(values)
     return steps
 

@@ -123,6 +123,7 @@ def load_checkpoint(path: Path, policy: Policy) -> Progress:
         for number, chunk in enumerate(policy.models):
             chunk.load_state_dict(loaded[f"model{number}"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
+    policy.scheduler.num_steps = 0  # what is loaded is added to it
     policy.scheduler.load_state_dict(state["scheduler"])
     if state["world_size"] == policy.layout.world_size:
         with _reported(unreadable):
