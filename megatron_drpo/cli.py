@@ -25,6 +25,10 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
+STOPPED = 138
+"""Exit status of a run that was asked to stop (SIGUSR1) and can be continued: 128 + the signal, as
+shells have it, which Kubeflow counts among the failures worth another try."""
+
 _GRACE_SECONDS = 2.0
 
 _RANK_0_SECONDS = 10.0
@@ -37,16 +41,16 @@ def main() -> int:
     return exit_status(lambda: start(sys.argv[1:]))
 
 
-def exit_status(call: Callable[[], None]) -> int:
-    """0 once `call` returned; `USAGE_ERROR`, after a message, if it raised an error of the user's;
-    `INTERRUPTED` after Ctrl-C.
+def exit_status(call: Callable[[], int | None]) -> int:
+    """What `call` returned, or 0; `USAGE_ERROR`, after a message, if it raised an error of the
+    user's; `INTERRUPTED` after Ctrl-C.
 
     Any other exception passes with its traceback: a defect of the program or, in a run of several
     ranks, the echo of a rank that is gone. An echo is cut short: torchrun ends this rank while it
     waits, so that what remains on the screen is what the first rank said.
     """
     try:
-        call()
+        return call() or 0
     except DrpoError as error:
         _report(error)
         return USAGE_ERROR
@@ -58,12 +62,11 @@ def exit_status(call: Callable[[], None]) -> int:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(_GRACE_SECONDS)
         raise
-    return 0
 
 
-def start(argv: Sequence[str]) -> None:
+def start(argv: Sequence[str]) -> int:
     """Parse, check and run (or, with `--dry-run`, describe the run on rank 0, and with
-    `--verify-layout` compute one batch of it in two layouts).
+    `--verify-layout` compute one batch of it in two layouts); 0, or `STOPPED`.
 
     Raises:
         DrpoError: whatever the user has to mend, before any process group or during the run.
@@ -90,7 +93,9 @@ def start(argv: Sequence[str]) -> None:
             f"--output-dir {config.output.output_dir}",
             "continue with --resume if there is a checkpoint",
         ):
-            train.run(config, inputs)
+            finished = train.run(config, inputs)
+        return 0 if finished else STOPPED
+    return 0
 
 
 def _rank() -> int:

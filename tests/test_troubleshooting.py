@@ -44,17 +44,21 @@ TORCHRUN = (
 )
 SERVERS = ("--model", "--port", "--logprobs-mode", "--worker-extension-cls", "--api-key")
 MEGATRON_LM = (
+    *("--seq-length", "--tensorboard-dir", "--use-mup"),
     *("--ckpt-format", "--dist-ckpt-strictness", "--use-checkpoint-args", "--use-rope-scaling"),
     *("--rope-scaling-factor", "--window-size", "--window-attn-skip-freq"),
     "--calculate-per-token-loss",
 )
 SLIME = ("--colocate", "--log-probs-chunk-size")
 CLUSTERS = (
-    *("--gpus", "--ipc", "--ulimit", "--shm-size", "--rm"),  # docker
+    *("--gpus", "--ipc", "--ulimit", "--shm-size", "--rm", "--build-arg", "--user"),  # docker
     *("--signal", "--requeue", "--nodes", "--ntasks", "--ntasks-per-node", "--gres", "--time"),
-    *("--container-image", "--container-mounts", "--container-workdir", "--export"),  # Slurm
+    *("--container-image", "--container-mounts", "--container-workdir", "--export"),
+    "--cpu-bind",  # Slurm
 )
-ELSEWHERE = {*TORCHRUN, *SERVERS, *MEGATRON_LM, *SLIME, *CLUSTERS, "--logdir", "--bind_all"}
+CHROMIUM = ("--headless", "--hide-scrollbars", "--screenshot", "--virtual-time-budget")
+TENSORBOARD = ("--logdir", "--bind_all")
+ELSEWHERE = {*TORCHRUN, *SERVERS, *MEGATRON_LM, *SLIME, *CLUSTERS, *CHROMIUM, *TENSORBOARD}
 """Flags of other programs."""
 
 
