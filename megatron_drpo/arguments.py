@@ -17,7 +17,7 @@ import operator
 import os
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ class Options:
     """What belongs to one start of the program, not to the run that it describes."""
 
     config: str | None = None
-    """YAML file of `flag: value` lines, without the dashes in front; the command line wins."""
+    """YAML file of `flag: value` lines, without the dashes in front; the command line wins, and
+    with another --objective there the file's constants for its own are left out."""
     dry_run: bool = False
     """Check everything, print the run's configuration and its consequences, and exit."""
     verify_layout: bool = False
@@ -230,12 +231,64 @@ def parse(argv: Sequence[str]) -> tuple[Config, Options]:
     try:
         # Of a repeated flag the last one counts.
         raw = _run_tyro(_arguments(), [*yaml_argv, *argv], description=_DESCRIPTION)
+        if "objective" in given:
+            raw = _without_unread(raw, origin)
         config, options = _build(raw)
         refuse_unused(config, given, origin)
     except ConfigError as error:
         lines = [_with_origin(line, origin) for line in str(error).splitlines()]
         raise ConfigError("\n".join(lines)) from None
     return config, options
+
+
+def parse_over(values: Mapping[str, Any], argv: Sequence[str]) -> tuple[Config, set[str]]:
+    """The configuration of an earlier run with the flags of `argv` in place of its own.
+
+    What the run had set for an objective, and the one that is asked for does not read, is left out.
+
+    Args:
+        values: of the run (`Config.flat`, as its config.json has them); a setting that is newer
+            than the run has its default.
+
+    Returns:
+        The configuration, and the names of the flags in `argv`.
+
+    Raises:
+        ConfigError: as of `parse`, or a setting of the run is not known any more.
+    """
+    given = given_names(argv, _TYPES)
+    unknown = sorted(values.keys() - _TYPES.keys())
+    if unknown:
+        raise ConfigError(
+            f"config.json: has `{unknown[0]}`, which this version does not know; use the version "
+            "that the run was made with"
+        )
+    arguments = _arguments()
+    groups = {item.name: item.type for item in dataclasses.fields(arguments)}
+    own = {name: _of_json(groups[name], values) for name in _GROUPS}
+    raw = _run_tyro(arguments, argv, default=arguments(**own))
+    config, _ = _build(_without_unread(raw, set(_TYPES) - given))
+    refuse_unused(config, given, {})
+    return config, given
+
+
+def _without_unread(raw: Any, names: Collection[str]) -> Any:
+    """Arguments without the constants of an objective, of these names, that another one's run does
+    not read: who asks for another objective does not mean them."""
+    left = {
+        item.name: item.default
+        for item in dataclasses.fields(raw.objective)
+        if item.name in raw.objective.unread and item.name in names
+    }
+    return dataclasses.replace(raw, objective=dataclasses.replace(raw.objective, **left))
+
+
+def _of_json(group: Any, values: Mapping[str, Any]) -> Any:
+    """A group with those of `values` that are its own; a list becomes the tuple that it was."""
+    own = {
+        item.name: values[item.name] for item in dataclasses.fields(group) if item.name in values
+    }
+    return group(**{name: tuple(v) if isinstance(v, list) else v for name, v in own.items()})
 
 
 _DESCRIPTION = (

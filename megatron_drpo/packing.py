@@ -144,9 +144,8 @@ def pack(
             else ""
         )
         raise ConfigError(
-            f"--max-tokens-per-microbatch {max_tokens}: sample {rollout.sample} of prompt "
-            f"{rollout.prompt.id} has {tokens} tokens, prompt and response together{padded}; "
-            f"use at least {lengths[longest]}"
+            f"--max-tokens-per-microbatch {max_tokens}: {rollout.name} has {tokens} tokens, prompt "
+            f"and response together{padded}; use at least {lengths[longest]}"
         )
     plan = _plan(
         lengths,
@@ -380,7 +379,7 @@ def _row(
         policy_versions=torch.cat([torch.empty(0, dtype=torch.int64), *map(_versions, rollouts)])[
             kept
         ],
-        names=tuple(f"sample {r.sample} of prompt {r.prompt.id}" for r in rollouts),
+        names=tuple(rollout.name for rollout in rollouts),
         topk_ids=_join("topk_ids", rollouts, kept, like),
         behaviour_topk_logprobs=_join("topk_logprobs", rollouts, kept, like),
         kept_ids=_join_kept(rollouts, kept),

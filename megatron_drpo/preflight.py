@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -19,7 +19,7 @@ from megatron_drpo import hardware
 from megatron_drpo.checkpoint.families import Architecture, differences, read_architecture
 from megatron_drpo.checkpoint.resume import LATEST, check_same_run, latest
 from megatron_drpo.checkpoint.torch_dist import find_torch_dist, open_weights
-from megatron_drpo.config import Config
+from megatron_drpo.config import Config, DataConfig
 from megatron_drpo.device import Device, choose_device
 from megatron_drpo.errors import ConfigError, DrpoError
 from megatron_drpo.objectives import Needs, build_objective
@@ -93,8 +93,14 @@ class _Problems:
             raise ConfigError("\n".join(dict.fromkeys(map(str, self.errors))))
 
 
-def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
+def preflight(
+    config: Config, world_size: int, rank: int = 0, *, replay: Path | None = None
+) -> Inputs:
     """Check the configuration against files, machine and number of ranks; read what the run needs.
+
+    Args:
+        replay: the file of rollouts that a step of this run trained on, to be computed once more:
+            they are read instead of prompts, and no directory to write to is asked for.
 
     Raises:
         DrpoError: of the problem's own class when there is one, a ConfigError that lists all of
@@ -105,7 +111,8 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
     _check_transformer_engine(config, device, problems)
     _check_exactness(config, device, problems)
     if rank == 0:
-        _check_output_directory(config, problems)
+        if replay is None:
+            _check_output_directory(config, problems)
         problems.attempt(check_reward, config.reward)
     if config.rollout.environment:
         problems.attempt(load_environment, config.rollout.environment)
@@ -131,14 +138,23 @@ def preflight(config: Config, world_size: int, rank: int = 0) -> Inputs:
             problems.attempt(_check_weights, weights, architecture)
         reference = _reference(config, needs, (architecture, weights), rank, problems)
         _check_experts_on_gpu(device, (architecture, reference and reference[0]), problems)
-        inputs = _read(config, device, places, architecture, reference, problems)
+        reading = config if replay is None else _from_file(config, replay)
+        inputs = _read(reading, device, places, architecture, reference, problems)
         if inputs is not None:
-            _check_topk(config, needs, inputs, problems)
+            _check_topk(reading, needs, inputs, problems)
     for problem in layouts.problems(config, world_size, architecture, reference and reference[0]):
         problems.add(problem)
     problems.raise_all()
     assert inputs is not None, "without a problem, everything was read"
     return inputs
+
+
+def _from_file(config: Config, rollouts: Path) -> Config:
+    """The run, as far as reading goes, with a file in place of what it generates."""
+    rollout = replace(
+        config.rollout, rollouts_file=str(rollouts), save_rollouts=False, rollout_topk=0
+    )
+    return replace(config, data=DataConfig(), rollout=rollout)
 
 
 def _check_needs(config: Config, needs: Needs, problems: _Problems) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -40,8 +41,10 @@ from megatron_drpo.metrics import (
     MetricsWriter,
     PhaseTimer,
     TokenDiagnostics,
+    fullest,
     rollout_statistics,
     trust_region_statistics,
+    worst_and_best,
 )
 from megatron_drpo.packing import packing_statistics, split_updates
 from megatron_drpo.plan.flops import attention_cost
@@ -66,16 +69,27 @@ _TOLD = 3
 """Failures of a batch that are told by name."""
 
 
-def run(config: Config, inputs: Inputs) -> None:
-    """Train, from the HF checkpoint or from the newest training checkpoint, to `train_iters`."""
+def run(config: Config, inputs: Inputs) -> bool:
+    """Train, from the HF checkpoint or from the newest training checkpoint, to `train_iters`.
+
+    Returns:
+        False if the run was asked to stop before that (SIGUSR1), and is saved.
+    """
     layout = parallel.initialize(config.parallel, inputs.device, config.train.seed)
+    checkpoint = None
+    if config.output.resume:
+        checkpoint = resume.latest(Path(config.output.output_dir) / "checkpoints")
+        assert checkpoint is not None, "preflight checks that there is one"
     with contextlib.ExitStack() as background:
-        _Run(config, inputs, layout, background).train()
+        finished = Run(config, inputs, layout, background, checkpoint).train()
+    if not finished:
+        layout.barrier()  # torchrun ends all ranks once one has failed, as a stopped run's do
     parallel.destroy(layout)
+    return finished
 
 
-class _Run:
-    """A run in progress: what the steps share."""
+class Run:
+    """A run in progress: what the steps share. Nothing is written before `train`."""
 
     def __init__(
         self,
@@ -83,8 +97,14 @@ class _Run:
         inputs: Inputs,
         layout: parallel.Layout,
         background: contextlib.ExitStack,
+        checkpoint: Path | None,
     ) -> None:
-        """Ready to train; what works in the background is ended by `background`."""
+        """Ready to train.
+
+        Args:
+            background: ends what works in the background.
+            checkpoint: of this run, to continue from; None starts anew.
+        """
         self.config, self.inputs, self.layout = config, inputs, layout
         self.directory = Path(config.output.output_dir)
         self.settings = self.directory / "model"
@@ -105,15 +125,15 @@ class _Run:
             reference=inputs.reference,
         )
         self.say(f"weights: {inputs.weights}, {self.policy.verified}")
-        self.timer = PhaseTimer(inputs.device.synchronize)
+        self.timer = PhaseTimer(inputs.device.synchronize, inputs.device.take_memory)
         self.writer: MetricsWriter | None = None
         self.evaluated: dict[str, float] = {}
         self.skipped_updates = 0
         self.step = 0
         self.saved_step = 0
         """Of the newest checkpoint."""
-        if config.output.resume:
-            self._resume()
+        if checkpoint is not None:
+            self._resume(checkpoint)
         self.engine = None
         if inputs.generates:
             self.engine = build_engine(config.rollout, self.policy, inputs.tokenizer)
@@ -150,9 +170,7 @@ class _Run:
         if self.main:
             tqdm.write(message)
 
-    def _resume(self) -> None:
-        path = resume.latest(self.directory / "checkpoints")
-        assert path is not None, "preflight checks that there is a checkpoint"
+    def _resume(self, path: Path) -> None:
         progress = state.load_checkpoint(path, self.policy)
         self.step, self.skipped_updates = progress.step, progress.skipped_updates
         self.saved_step = self.step
@@ -160,8 +178,9 @@ class _Run:
 
     # The loop.
 
-    def train(self) -> None:
-        """All steps that are left, with evaluation and checkpoints in between and at the end."""
+    def train(self) -> bool:
+        """All steps that are left, with evaluation and checkpoints in between and at the end;
+        False if a stop was asked for before the last."""
         config, steps = self.config, self.config.train.train_iters
         started = time.perf_counter()
         if self.main:
@@ -183,17 +202,21 @@ class _Run:
         if self.step == 0:
             self._evaluate()
         while self.step < steps:
+            if self._stop_asked():
+                bar.close()
+                self._stop()
+                return False
             scalars: dict[str, float] = {}
             histograms: dict[str, torch.Tensor] = {}
             try:
-                scalars, histograms = self._train_step()
+                scalars, histograms = self.train_step()
                 self.step += 1
                 scalars |= self._sync()
             except ServersError as error:
                 if scalars:  # the step is done
                     self._log(scalars, histograms)
                 raise ServersError(f"{error}\n{self._rescue()}") from error
-            scalars |= self.timer.pop()
+            scalars |= self._measured()
             scalars |= _throughput(scalars, self.layout.world_size, config.train.peak_tflops)
             self._log(scalars, histograms)
             if self._due(config.eval.eval_interval):
@@ -219,6 +242,24 @@ class _Run:
                 },
             )
             self.say(f"report: {write_report(self.directory)}")
+        return True
+
+    def _stop_asked(self) -> bool:
+        """True on all ranks once one was sent SIGUSR1, which the launcher blocks: so it waits."""
+        return not self.layout.all_agree(signal.SIGUSR1 not in signal.sigpending())
+
+    def _stop(self) -> None:
+        """Leave the run as one that `--resume` continues."""
+        if self.saved_step < self.step:
+            self._checkpoint()
+        if self.serving:
+            self.serving.close()
+        if self.writer:
+            self.writer.close()
+        then = "saved; continue with --resume" if self.step else "nothing to save; start again"
+        self.say(
+            f"stopped (SIGUSR1) after step {self.step} of {self.config.train.train_iters}: {then}"
+        )
 
     def _keep_settings(self) -> None:
         """A copy of the model's config.json and tokenizer for checkpoints and export, which may
@@ -241,8 +282,18 @@ class _Run:
         if self.writer:
             self.writer.write(self.step, scalars, histograms)
 
-    def _train_step(self) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        """One rollout batch and its optimizer updates; scalars and histograms of it."""
+    def _measured(self, phase: str | None = None) -> dict[str, float]:
+        """Times of this rank and memory of the fullest since the last call, or those of one phase
+        alone; collective."""
+        popped = self.timer.pop()
+        measured = popped | fullest(self.layout.gather_to_main(popped))
+        if phase is None:
+            return measured
+        return {name: measured[name] for name in (f"time/{phase}", f"memory/{phase}")}
+
+    def train_step(self) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """One rollout batch and its optimizer updates; scalars and histograms of it. The number of
+        steps done, `step`, is the caller's to raise."""
         config, samples = self.config, self.config.rollout.rollout_samples_per_prompt
         batch = self.collector.collect(self.step)
         self._tell_failures(batch)
@@ -256,7 +307,7 @@ class _Run:
             updates, packing = self._annotate(trajectories)
             scalars |= packing | self.gate.check(updates, self.step)
         with self.timer.phase("train"):
-            updated, tokens = self._update(updates)
+            updated, tokens = self.update(updates)
         scalars |= updated
         lengths = _lengths(trajectories)
         response = sum(t.rollout.response_ids.numel() for t in trajectories)
@@ -353,7 +404,7 @@ class _Run:
         )
         return self.policy.annotate([self.policy.own_rows(rows) for rows in packed]), statistics
 
-    def _update(
+    def update(
         self, rows_of_updates: Sequence[Sequence[Row]]
     ) -> tuple[dict[str, float], TokenDiagnostics | None]:
         """All optimizer updates of the batch; on rank 0 also the diagnostics of every token."""
@@ -403,11 +454,11 @@ class _Run:
             "eval/pass": groups.max(-1).values.mean().item(),
             "eval/response_length": sum(lengths) / len(lengths),
         }
-        self._log(self.evaluated | {"time/evaluate": self.timer.pop()["time/evaluate"]})
+        self._log(self.evaluated | self._measured("evaluate"))
         if self.writer:
             pairs = zip(rollouts, values, strict=True)
-            ranked = sorted((Trajectory(*pair, 0.0) for pair in pairs), key=lambda t: t.reward)
-            self.writer.samples(self.step, ranked[:3] + ranked[-3:])
+            worst, best = worst_and_best([Trajectory(*pair, 0.0) for pair in pairs])
+            self.writer.samples(self.step, worst=worst, best=best)
         self.say(
             f"step {self.step}: held-out avg@{samples} {self.evaluated['eval/avg']:.3f}, "
             f"pass@{samples} {self.evaluated['eval/pass']:.3f} "
@@ -425,7 +476,7 @@ class _Run:
                 keep=self.config.output.checkpoint_keep,
             )
         self.saved_step = self.step
-        self._log({"time/checkpoint": self.timer.pop()["time/checkpoint"]})
+        self._log(self._measured("checkpoint"))
 
     def _export(self) -> None:
         path = self.directory / "hf"
@@ -443,8 +494,7 @@ class _Run:
 
 def _lengths(trajectories: Sequence[Trajectory]) -> list[int]:
     """Tokens of each sequence, prompt and response."""
-    rollouts = [trajectory.rollout for trajectory in trajectories]
-    return [r.prompt.token_ids.numel() + r.response_ids.numel() for r in rollouts]
+    return [trajectory.rollout.num_tokens for trajectory in trajectories]
 
 
 def _throughput(

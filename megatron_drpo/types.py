@@ -96,6 +96,11 @@ class Rollout:
     but the last was routed to, with `--moe-routing-replay rollout`."""
 
     @property
+    def name(self) -> str:
+        """What errors and rows call it; unique within a batch."""
+        return f"sample {self.sample} of prompt {self.prompt.id}"
+
+    @property
     def spans(self) -> tuple[tuple[int, int], ...]:
         """`version_spans` of any rollout: (tokens, policy version), all tokens covered."""
         return self.version_spans or ((self.response_ids.numel(), self.policy_version),)

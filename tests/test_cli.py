@@ -12,7 +12,7 @@ import pytest
 
 from megatron_drpo import cli
 from megatron_drpo.arguments import Options, parse
-from megatron_drpo.config import Config
+from megatron_drpo.config import Config, ObjectiveConfig
 from megatron_drpo.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +73,20 @@ def test_yaml_is_taken_and_the_command_line_wins(tmp_path: Path) -> None:
     assert config.data.eval_prompts is None
     assert config.train.seed == 8 and not config.output.resume
     assert options == Options(config=file, dry_run=True)
+
+
+def test_another_objective_leaves_out_what_the_file_gives_its_own(tmp_path: Path) -> None:
+    file = yaml_file(
+        tmp_path, "hf-model: m\nprompts: p.jsonl\nobjective: drpo\ndrpo-delta: 0.5\nkl-coef: 0.1\n"
+    )
+    flags = ["--config", file, "--objective", "ppo"]
+    objective = parse([*flags, "--ppo-clip-high", "0.28"])[0].objective
+    assert (objective.objective, objective.ppo_clip_high, objective.kl_coef) == ("ppo", 0.28, 0.1)
+    assert objective.drpo_delta == ObjectiveConfig.drpo_delta
+    assert parse(["--config", file])[0].objective.drpo_delta == 0.5
+    assert parse([*flags[:3], "drpo"])[0].objective.drpo_delta == 0.5
+    with pytest.raises(ConfigError, match="--drpo-delta 0.5: is read by --objective drpo only"):
+        parse([*flags, "--drpo-delta", "0.5"])  # here it is meant
 
 
 def test_paths_of_a_yaml_file_are_relative_to_the_current_directory(tmp_path: Path) -> None:
