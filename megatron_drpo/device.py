@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+import psutil
 import torch
 
 from megatron_drpo.errors import ConfigError
@@ -33,6 +34,15 @@ class Device:
         """Wait for the device's queue, so that a clock read next to it is true."""
         if self.kind == "cuda":
             torch.cuda.synchronize(self.index)
+
+    def take_memory(self) -> int:
+        """Bytes that this process used: on a GPU the most that its tensors took since the last
+        call; on a CPU, which keeps no such record, what is resident now."""
+        if self.kind == "cpu":
+            return psutil.Process().memory_info().rss
+        peak = torch.cuda.max_memory_allocated(self.index)
+        torch.cuda.reset_peak_memory_stats(self.index)
+        return peak
 
 
 def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:

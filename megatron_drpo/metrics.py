@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_drpo.dashboard import custom_scalars
 from megatron_drpo.disk import write_atomically
 from megatron_drpo.errors import DataError
 from megatron_drpo.types import Trajectory
@@ -252,24 +254,33 @@ def rollout_statistics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 class PhaseTimer:
-    """Seconds per phase of a step: generate, reward, score, train, checkpoint, evaluate.
+    """Seconds and memory of each phase of a step: generate, reward, score, train, sync,
+    checkpoint, evaluate.
 
     Args:
         synchronize: called at both ends of a phase; on a GPU it must wait for the queued work,
             or the time of one phase shows up in the next.
+        take_memory: bytes, the most that this rank used since the last call; called at both ends
+            of a phase.
     """
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
-        self._synchronize = synchronize
+    def __init__(
+        self,
+        synchronize: Callable[[], None] = lambda: None,
+        take_memory: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._synchronize, self._take_memory = synchronize, take_memory
         self._seconds: dict[str, float] = {}
+        self._bytes: dict[str, int] = {}
         self._active: str | None = None
         self._start = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to `time/NAME`; phases do not nest."""
+        """Add the time spent inside to `time/NAME`, and note the memory; phases do not nest."""
         assert self._active is None, f"phase {name} inside phase {self._active}"
         self._synchronize()
+        self._take_memory()  # what was used before the phase is not its own
         self._active, start = name, time.perf_counter()
         try:
             yield
@@ -278,14 +289,27 @@ class PhaseTimer:
             self._active = None
             elapsed = time.perf_counter() - start
             self._seconds[name] = self._seconds.get(name, 0.0) + elapsed
+            self._bytes[name] = max(self._bytes.get(name, 0), self._take_memory())
 
     def pop(self) -> dict[str, float]:
-        """`time/PHASE` of every phase since the last call and `time/step`, the time of it all."""
+        """Of every phase since the last call `time/PHASE`, and `memory/PHASE`, GiB of this rank;
+        `time/step`, the time of it all."""
         now = time.perf_counter()
         result = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        result |= {f"memory/{name}": used / 2**30 for name, used in self._bytes.items()}
         result["time/step"] = now - self._start
-        self._seconds, self._start = {}, now
+        self._seconds, self._bytes, self._start = {}, {}, now
         return result
+
+
+def fullest(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`memory/PHASE` of the rank that used most, for each phase of any of them.
+
+    Args:
+        ranks: what `PhaseTimer.pop` returned on each.
+    """
+    names = {name: None for pop in ranks for name in pop if name.startswith("memory/")}
+    return {name: max(pop.get(name, 0.0) for pop in ranks) for name in names}
 
 
 @dataclass(frozen=True)
@@ -389,14 +413,18 @@ class MetricsWriter:
             for old in board.glob("events.out.tfevents.*"):
                 old.unlink()
         self._files = {}
+        self._logged: set[str] = set()
         for name in ("metrics", "histograms", "samples"):
             path = Path(output_dir) / f"{name}.jsonl"
             kept = []
             if resume_step is not None and path.exists():
                 kept = [r for r in read_jsonl(path) if r["step"] < resume_step]
+            if name == "metrics":
+                self._logged.update(key for record in kept for key in record if key != "step")
             write_atomically(path, "".join(map(_json_line, kept)))
             self._files[name] = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(board), purge_step=resume_step)
+        self._charts: dict[str, Any] = {}
 
     def write(
         self,
@@ -421,10 +449,22 @@ class MetricsWriter:
             if not math.isfinite(value):
                 logger.warning("step %d: %s is %s", step, name, value)
             line[name] = value if math.isfinite(value) else None
+        self._lay_out(scalars)
         self._append("metrics", line)
         if histograms:
             self._write_histograms(step, histograms)
         self._board.flush()
+
+    def _lay_out(self, names: Iterable[str]) -> None:
+        """Tell TensorBoard the charts anew whenever one more of them has something to show."""
+        before = len(self._logged)
+        self._logged.update(names)
+        if self._charts and len(self._logged) == before:
+            return
+        charts = custom_scalars(self._logged)
+        if charts != self._charts:
+            self._board.add_custom_scalars(charts)
+            self._charts = charts
 
     def _write_histograms(self, step: int, histograms: Mapping[str, Tensor]) -> None:
         line: dict[str, Any] = {"step": step}
@@ -455,22 +495,23 @@ class MetricsWriter:
         self._board.add_text(tag, text, step)
         self._board.flush()
 
-    def samples(self, step: int, trajectories: Sequence[Trajectory]) -> None:
-        """Log some responses for people to read, in TensorBoard's text tab and samples.jsonl."""
-        for number, t in enumerate(trajectories):
-            prompt, response = t.rollout.prompt, t.rollout.response_text
-            line = {
-                "step": step,
-                "prompt": prompt.text,
-                "response": response,
-                "reward": t.reward if math.isfinite(t.reward) else None,
-                "answer": prompt.answer,
-            }
-            self._append("samples", line)
-            shown = f"{prompt.text}\n=> {response}\n(reward {t.reward:g}, answer {prompt.answer})"
-            # Indented: Markdown shows it as code, and leaves what the model wrote alone.
-            self._board.add_text(f"samples/{number}", "    " + shown.replace("\n", "\n    "), step)
-        self._board.flush()
+    def samples(
+        self, step: int, *, worst: Sequence[Trajectory], best: Sequence[Trajectory]
+    ) -> None:
+        """Log some responses for people to read: as lines of samples.jsonl, the worst first, and
+        as two texts of TensorBoard, `samples/worst` and `samples/best`."""
+        for name, trajectories in (("worst", worst), ("best", best)):
+            for t in trajectories:
+                line = {
+                    "step": step,
+                    "prompt": t.rollout.prompt.text,
+                    "response": t.rollout.response_text,
+                    "reward": t.reward if math.isfinite(t.reward) else None,
+                    "answer": t.rollout.prompt.answer,
+                }
+                self._append("samples", line)
+            text = "\n\n---\n\n".join(map(_sample_markdown, trajectories))
+            self.text(f"samples/{name}", text or "None: all rewards are equal.", step)
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         self._files[name].write(_json_line(line))
@@ -486,6 +527,55 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def worst_and_best(
+    trajectories: Sequence[Trajectory], count: int = 3
+) -> tuple[list[Trajectory], list[Trajectory]]:
+    """Samples to look at: of the lowest and of the highest reward, both from the extreme inwards.
+
+    Args:
+        trajectories: rewards are finite.
+        count: at most so many of either.
+
+    Returns:
+        Neither has two samples of one prompt. The worst have less reward than any of the best, so
+        there are none where all rewards are equal.
+    """
+    ranked = sorted(trajectories, key=lambda t: t.reward)
+    best = _one_per_prompt(reversed(ranked), count)
+    return _one_per_prompt((t for t in ranked if t.reward < best[-1].reward), count), best
+
+
+def _one_per_prompt(trajectories: Iterable[Trajectory], count: int) -> list[Trajectory]:
+    chosen: dict[str, Trajectory] = {}
+    for t in trajectories:
+        chosen.setdefault(t.rollout.prompt.id, t)
+    return list(chosen.values())[:count]
+
+
+def _sample_markdown(t: Trajectory) -> str:
+    """A sample as Markdown, in which what the model wrote stays as it is."""
+    rollout = t.rollout
+    answer = "" if rollout.prompt.answer is None else f", answer {_code(rollout.prompt.answer)}"
+    length = f"{rollout.response_ids.numel()} tokens, finish: {rollout.finish_reason}"
+    return (
+        f"**reward {t.reward:g}**{answer} ({length})\n\n"
+        f"prompt\n\n{_block(rollout.prompt.text)}\n\n"
+        f"response\n\n{_block(rollout.response_text)}"
+    )
+
+
+def _block(text: str) -> str:
+    """Indented lines are code to Markdown, whatever is in them; a fence could be closed."""
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+
+
+def _code(text: str) -> str:
+    """One line of code, fenced by more backticks than it has in a row."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {' '.join(text.split())} {fence}"
 
 
 def _json_line(record: Mapping[str, Any]) -> str:

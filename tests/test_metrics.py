@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 
+from megatron_drpo.device import Device
 from megatron_drpo.errors import DataError
 from megatron_drpo.metrics import (
     Histogram,
@@ -22,10 +26,12 @@ from megatron_drpo.metrics import (
     PhaseTimer,
     TokenDiagnostics,
     engine_gap_statistics,
+    fullest,
     quantiles,
     read_jsonl,
     rollout_statistics,
     trust_region_statistics,
+    worst_and_best,
 )
 from megatron_drpo.types import Prompt, Rollout, Trajectory
 
@@ -66,6 +72,11 @@ def board(run: Path) -> EventAccumulator:
         str(run / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0}
     )
     return accumulator.Reload()
+
+
+def texts(events: EventAccumulator, tag: str) -> dict[int, str]:
+    found = events.Tensors(f"{tag}/text_summary")
+    return {e.step: e.tensor_proto.string_val[0].decode() for e in found}
 
 
 def test_trust_region_statistics_match_numpy():
@@ -270,7 +281,9 @@ def test_writer_logs_the_same_to_tensorboard_and_jsonl(tmp_path: Path):
         )
         writer.write(1, {"eval/avg": 0.5})
         writer.text("note", "hello", 1)
-        writer.samples(1, [trajectory("a", 3, 1.0, 2, "stop")])
+        worst, best = trajectory("b", 0, -0.5, 3, "length"), trajectory("a", 3, 1.0, 2, "stop")
+        writer.samples(1, worst=[worst], best=[best])
+        writer.samples(2, worst=[], best=[best, best])
 
     assert (tmp_path / "metrics.jsonl").read_text() == (
         '{"eval/avg": 0.25, "step": 0}\n'
@@ -280,8 +293,10 @@ def test_writer_logs_the_same_to_tensorboard_and_jsonl(tmp_path: Path):
     (histogram,) = read_jsonl(tmp_path / "histograms.jsonl")
     assert histogram.keys() == {"step", "weight"}
     assert sum(histogram["weight"]["counts"]) == 4
+    line = {"step": 1, "prompt": "a?", "response": "answer 3", "reward": 1.0, "answer": "42"}
     assert read_jsonl(tmp_path / "samples.jsonl") == [
-        {"step": 1, "prompt": "a?", "response": "answer 3", "reward": 1.0, "answer": "42"}
+        {**line, "prompt": "b?", "response": "answer 0", "reward": -0.5},
+        *(line, {**line, "step": 2}, {**line, "step": 2}),
     ]
 
     events = board(tmp_path)
@@ -290,9 +305,53 @@ def test_writer_logs_the_same_to_tensorboard_and_jsonl(tmp_path: Path):
     value = events.Histograms("weight")[0].histogram_value
     assert (value.min, value.max, value.num, value.sum) == (0.5, 1.5, 4, 4.0)
     assert sum(value.bucket) == 4
-    text = events.Tensors("samples/0/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "answer 3" in text and "reward 1, answer 42" in text
-    assert events.Tensors("note/text_summary")[0].tensor_proto.string_val == [b"hello"]
+    assert texts(events, "note") == {1: "hello"}
+    best, worst = texts(events, "samples/best"), texts(events, "samples/worst")
+    assert "**reward 1**, answer ` 42 ` (2 tokens, finish: stop)" in best[1]
+    assert "\n    answer 3" in best[1] and "\n    a?" in best[1]
+    assert best[2].count("**reward 1**") == 2
+    assert "**reward -0.5**" in worst[1] and "answer 0" in worst[1]
+    assert worst[2] == "None: all rewards are equal."
+
+
+NASTY = "before\r<h1>not a heading</h1>\n```\n# nor this\n\n\n    * nor that\x85**nor bold**"
+
+
+def test_what_a_model_wrote_stays_as_it_is(tmp_path: Path):
+    """Through TensorBoard's own rendering: all in one block of code, none of it markup."""
+    nasty = trajectory("a", 0, 1.0, 2, "stop")
+    prompt = replace(nasty.rollout.prompt, text=NASTY, answer="` <b>`` 7`")
+    nasty = replace(nasty, rollout=replace(nasty.rollout, prompt=prompt, response_text=NASTY))
+    with MetricsWriter(tmp_path, resume_step=None) as writer:
+        writer.samples(1, worst=[], best=[nasty])
+    html = markdown_to_safe_html(texts(board(tmp_path), "samples/best")[1])
+    assert html.count("<pre>") == 2
+    assert {*re.findall(r"<(\w+)", html)} == {"p", "strong", "code", "pre"}
+    for block in re.findall(r"<pre><code>(.*?)</code></pre>", html, re.DOTALL):
+        assert unescape(block).rstrip("\n").split("\n") == NASTY.splitlines()
+    assert "<code>` &lt;b&gt;`` 7`</code>" in html
+
+
+def test_worst_and_best_samples():
+    batch = [
+        trajectory("a", 0, 0.5, 1, "stop"),
+        trajectory("a", 1, 1.0, 1, "stop"),
+        trajectory("b", 0, 0.0, 1, "stop"),
+        trajectory("b", 1, 0.25, 1, "stop"),
+        trajectory("c", 0, 1.0, 1, "stop"),
+        trajectory("d", 0, 0.75, 1, "stop"),
+    ]
+
+    def told(count: int) -> list[list[tuple[str, float]]]:
+        return [
+            [(t.rollout.prompt.id, t.reward) for t in found]
+            for found in worst_and_best(batch, count)
+        ]
+
+    assert told(1) == [[("b", 0.0)], [("c", 1.0)]]
+    assert told(3) == [[("b", 0.0), ("a", 0.5)], [("c", 1.0), ("a", 1.0), ("d", 0.75)]]
+    worst, best = worst_and_best([replace(t, reward=0.0) for t in batch])
+    assert (worst, len(best)) == ([], 3)
 
 
 def test_what_is_not_finite_becomes_null_with_a_warning(tmp_path: Path, caplog):
@@ -317,7 +376,7 @@ def test_resume_removes_what_a_killed_run_logged_beyond_its_checkpoint(tmp_path:
             writer.write(
                 step, {"loss": step / 7 + offset}, {"weight": torch.arange(3.0) + step + offset}
             )
-            writer.samples(step, [trajectory("a", step, offset, 2, "stop")])
+            writer.samples(step, worst=[], best=[trajectory("a", step, offset, 2, "stop")])
 
     with MetricsWriter(straight, resume_step=None) as writer:
         log(writer, range(1, 7))
@@ -357,7 +416,8 @@ def test_a_damaged_log_is_named_by_file_and_line_and_left_alone(tmp_path: Path, 
 
 def test_phase_timer_adds_up_waits_for_the_device_and_resets():
     waits = []
-    timer = PhaseTimer(lambda: waits.append(None))
+    memory = iter([9, 3, 7, 5, 2, 4, 6, 1])  # GiB, at both ends of each phase
+    timer = PhaseTimer(lambda: waits.append(None), lambda: next(memory) * 2**30)
     for _ in range(2):
         with timer.phase("generate"):
             time.sleep(0.02)
@@ -365,6 +425,8 @@ def test_phase_timer_adds_up_waits_for_the_device_and_resets():
         _ = 1 / 0
     time.sleep(0.01)
     times = timer.pop()
+    # The more of 3 and 5; what was used before a phase is not its own.
+    assert (times.pop("memory/generate"), times.pop("memory/train")) == (5.0, 4.0)
     assert times.keys() == {"time/generate", "time/train", "time/step"}
     assert times["time/generate"] >= 0.04
     assert times["time/step"] >= times["time/generate"] + times["time/train"] + 0.01
@@ -372,5 +434,26 @@ def test_phase_timer_adds_up_waits_for_the_device_and_resets():
     with timer.phase("score"):
         pass
     again = timer.pop()
-    assert again.keys() == {"time/score", "time/step"}
+    assert again.keys() == {"time/score", "memory/score", "time/step"}
     assert again["time/step"] < times["time/step"]
+    assert again["memory/score"] == 1.0
+
+
+def test_the_fullest_rank_of_each_phase_counts():
+    ranks = [
+        {"time/train": 1.0, "memory/train": 2.5, "memory/generate": 1.0, "time/step": 9.0},
+        {"time/train": 2.0, "memory/train": 0.5, "memory/generate": 3.0, "memory/sync": 0.25},
+    ]
+    expected = {"memory/train": 2.5, "memory/generate": 3.0, "memory/sync": 0.25}
+    assert fullest(ranks) == expected
+    assert fullest([]) == {}
+
+
+def test_memory_that_is_let_go_of_shows():
+    device = Device("cpu", "gloo", 0, "")
+    before = device.take_memory()
+    big = torch.ones(2**24)  # 64 MiB, more than an allocator would keep
+    held = device.take_memory()
+    del big
+    assert 2**26 * 0.9 < held - before < 2**26 * 1.2
+    assert device.take_memory() < before + 2**25

@@ -6,8 +6,6 @@ import base64
 import io
 import json
 import re
-import runpy
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +16,11 @@ from PIL import Image
 from megatron_drpo.config import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from megatron_drpo.errors import DataError
 from megatron_drpo.metrics import MetricsWriter
-from megatron_drpo.report import PLOTS, write_report
+from megatron_drpo.report import comparison, plots, write_comparison, write_report
+from megatron_drpo.report.comparison import CURVES
+from megatron_drpo.report.plots import PLOTS
+from megatron_drpo.report.run import load
+from tools import report
 
 EVIL = '<script src="http://evil.example/x.js">alert("&")</script>'
 
@@ -47,6 +49,13 @@ class Page(HTMLParser):
     @property
     def pictures(self) -> list[str]:
         return [a["alt"] or "" for tag, a in self.tags if tag == "img"]
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the pictures out, which take nearly all of the time, where the text is looked at."""
+    monkeypatch.setattr(plots, "PLOTS", ())
+    monkeypatch.setattr(comparison, "CURVES", ())
 
 
 def make_run(path: Path, num_steps: int = 4, hf_model: str = "models/base") -> Path:
@@ -142,6 +151,7 @@ def test_only_logged_series_are_drawn(tmp_path: Path):
         "What the objective does",
         "Entropy, distribution",
         "Response length, distribution",
+        "Memory",
     }
     (run / "histograms.jsonl").unlink()
     (run / "metrics.jsonl").write_text('{"entropy/mean": 0.5, "step": 1, "loss": null}\n')
@@ -150,7 +160,7 @@ def test_only_logged_series_are_drawn(tmp_path: Path):
     assert "lossnot finite" in page.text
 
 
-def test_text_from_outside_is_escaped(tmp_path: Path):
+def test_text_from_outside_is_escaped(tmp_path: Path, undrawn):
     run = make_run(tmp_path / "<i>run", hf_model=EVIL)
     (run / "summary.json").write_text(json.dumps({"device": EVIL, EVIL: EVIL}))
     with (run / "metrics.jsonl").open("a") as file:
@@ -162,7 +172,7 @@ def test_text_from_outside_is_escaped(tmp_path: Path):
     assert {"script", "i"}.isdisjoint(tag for tag, _ in page.tags)  # and never markup
 
 
-def test_samples_are_the_best_and_the_worst_of_the_last_step(tmp_path: Path):
+def test_samples_are_the_best_and_the_worst_of_the_last_step(tmp_path: Path, undrawn):
     run = make_run(tmp_path / "arith")
     samples = [(1, "old", 9.0)] + [(4, f"response-{i}", float(i)) for i in range(10)]
     lines = [
@@ -185,7 +195,7 @@ def test_samples_are_the_best_and_the_worst_of_the_last_step(tmp_path: Path):
     assert "3500 more characters" in text
 
 
-def test_a_run_still_going_or_killed_can_be_reported(tmp_path: Path):
+def test_a_run_still_going_or_killed_can_be_reported(tmp_path: Path, undrawn):
     run = make_run(tmp_path / "arith", num_steps=1)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"reward/mean": 0.9')
@@ -195,7 +205,7 @@ def test_a_run_still_going_or_killed_can_be_reported(tmp_path: Path):
     assert "auto, TP 1, PP 1" in text
 
 
-def test_rewards_that_are_no_shares_are_not_called_accuracy(tmp_path: Path):
+def test_rewards_that_are_no_shares_are_not_called_accuracy(tmp_path: Path, undrawn):
     run = make_run(tmp_path / "arith")
     (run / "metrics.jsonl").write_text(
         '{"eval/avg": -0.5, "step": 0}\n{"eval/avg": 1.25, "step": 3}\n'
@@ -226,17 +236,106 @@ def test_a_missing_or_damaged_configuration_is_named(tmp_path: Path, content: st
         write_report(run)
 
 
-def test_command_line(tmp_path: Path, monkeypatch, capsys):
+def rows(html: str) -> dict[str, list[str]]:
+    """The rows of all tables by their first cell: the text of the others."""
+    found = {}
+    for line in re.findall(r"<tr>(.*?)</tr>", html):
+        first, *cells = (Page(cell).text for cell in re.findall(r"<t[dh]>(.*?)</t[dh]>", line))
+        found[first] = cells
+    return found
+
+
+def test_several_runs_side_by_side(tmp_path: Path):
+    one = make_run(tmp_path / "first" / "arith")
+    two = make_run(tmp_path / "<b>second" / "arith", num_steps=6, hf_model=EVIL)
+    short = make_run(tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    del config["train_iters"]  # of a version that did not have it
+    config |= {"output_dir": "elsewhere", "objective": "ppo"}
+    (short / "config.json").write_text(json.dumps(config))
+    (short / "metrics.jsonl").write_text(
+        '{"reward/mean": 0.25, "step": 1, "time/step": 3.0}\n'
+        '{"reward/mean": 0.5, "step": 2, "lr": 0.125, "time/step": null}\n'
+    )
+    out = write_comparison([one, two, short], tmp_path / "page.html")
+    html = out.read_text()
+    page, table = Page(html), rows(html)
+
+    assert "3 runs comparedfirst/arith, <b>second/arith, short" in page.text
+    assert table[""] == ["first/arith", "<b>second/arith", "short"]
+    assert table["Held-out accuracy"][1:] == [
+        "31.2 % \u2192 78.5 %avg@8, +47.3 points",
+        "\u2013",
+    ]
+    assert table["Reward"] == [
+        "0.375 \u2192 0.75step 1 to step 4",
+        "0.375 \u2192 1step 1 to step 6",
+        "0.25 \u2192 0.5step 1 to step 2",
+    ]
+    assert table["Wall time"] == ["20.0 s", "42.0 s", "3.0 s"]
+    differing = {name: cells for name, cells in table.items() if name.startswith("--")}
+    assert differing == {
+        "--hf-model": ["models/base", EVIL, "models/base"],
+        "--train-iters": ["4", "6", "\u2013"],
+        "--objective": ["drpo", "drpo", "ppo"],
+    }
+    assert table["lr"] == ["1e-06", "1e-06", "0.125"]
+    assert table["entropy/mean"] == ["0.25", "0.1667", "\u2013"]
+    assert not re.search(r"https?://(?!evil)|@import|url\(", html)
+    assert not {"script", "link", "iframe", "b"} & {tag for tag, _ in page.tags}
+    assert page.pictures[:4] == [
+        "Held-out reward",
+        "Held-out reward by time",
+        "Reward",
+        "Gradient weight",
+    ]
+    assert "Effective sample size" not in page.pictures  # none of them logged it
+
+
+def test_curves_are_those_of_each_run(tmp_path: Path):
+    runs = [load(make_run(tmp_path / name, num_steps=n)) for name, n in (("a", 4), ("b", 6))]
+    curves = {curve.title: curve for curve in CURVES}
+
+    def lines(title: str) -> list[tuple[list[float], list[float], str]]:
+        (ax,) = curves[title].draw(runs).axes
+        return [(list(x.get_xdata()), list(x.get_ydata()), x.get_color()) for x in ax.lines]
+
+    (one, two) = lines("Reward")
+    assert one[:2] == ([1, 2, 3, 4], [0.375, 0.5, 0.625, 0.75])
+    assert two[:2] == ([1, 2, 3, 4, 5, 6], [0.375, 0.5, 0.625, 0.75, 0.875, 1.0])
+    assert one[2] != two[2]
+    # Steps take 2, 4, 6 and 8 s; evaluated before the first, and after two and four.
+    assert lines("Held-out reward by time")[0][0] == pytest.approx([0, 6 / 60, 20 / 60])
+    (ax,) = curves["Gradient weight"].draw(runs).axes
+    assert len(ax.collections) == 2
+    assert ax.collections[0].get_datalim(ax.transData).bounds == pytest.approx((1, 0.95, 3, 0.1))
+
+
+def test_runs_that_are_alike_and_one_that_is_given_twice(tmp_path: Path, undrawn):
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    html = write_comparison([one, two], tmp_path / "page.html").read_text()
+    assert "All flags are the same." in html
+    with pytest.raises(DataError, match=re.escape(f"{one}: given twice")):
+        write_comparison([one, two, tmp_path / "two" / ".." / "one"], tmp_path / "page.html")
+
+
+def test_command_line(tmp_path: Path, capsys, monkeypatch, undrawn):
     run = make_run(tmp_path / "arith", num_steps=2)
-    tool = Path(__file__).parents[1] / "tools" / "report.py"
+    other = make_run(tmp_path / "other", num_steps=2)
+    monkeypatch.chdir(tmp_path)
 
-    def main(argument: Path) -> int:
-        monkeypatch.setattr(sys, "argv", ["report.py", str(argument)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(tool), run_name="__main__")
-        return end.value.code
+    def main(*arguments: Path | str) -> tuple[int, str, str]:
+        status = report.main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
 
-    assert main(run) == 0
-    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
-    assert main(tmp_path / "nowhere") == 2
-    assert str(tmp_path / "nowhere" / "metrics.jsonl") in capsys.readouterr().err
+    assert main(run) == (0, f"{run / 'report.html'}\n", "")
+    assert main(run, "--out", "one.html") == (0, "one.html\n", "")
+    assert Path("one.html").read_text() == (run / "report.html").read_text()
+    assert main(run, other) == (0, "comparison.html\n", "")
+    assert main(run, other, "--out", tmp_path / "two.html") == (0, f"{tmp_path / 'two.html'}\n", "")
+    assert Path("two.html").read_text() == Path("comparison.html").read_text()
+
+    status, out, err = main(run, tmp_path / "nowhere")
+    assert (status, out) == (2, "") and str(tmp_path / "nowhere" / "metrics.jsonl") in err
+    status, out, err = main(run, "--out", "no/such/folder/page.html")
+    assert (status, out) == (2, "") and "no/such/folder/page.html: No such file" in err
