@@ -26,16 +26,18 @@ def with_recipe(argv: list[str], world_size: int) -> list[str]:
     given = {arg.partition("=")[0].replace("_", "-") for arg in argv}
     if given & {"--hf-model", "--config", "--load", "--help", "-h"}:
         return argv
+    from megatron_drpo import arguments
     from tools.make_base_model import ensure_base_model
 
-    # One process makes the small base model while the others wait for it; rank 0 says so.
-    quiet = os.environ.get("RANK", "0") != "0"
-    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
-        ensure_base_model(BASE_MODEL)
     recipe = ["--config", str(RECIPE)]
     if world_size % 2:
         # The recipe splits the model over two ranks; `torchrun FILE` alone starts one.
         recipe += ["--tensor-model-parallel-size", "1"]
+    arguments.parse([*recipe, *argv])  # what is mistyped is answered before the model is made
+    # One process makes the small base model while the others wait for it; rank 0 says so.
+    quiet = os.environ.get("RANK", "0") != "0"
+    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
+        ensure_base_model(BASE_MODEL)
     return [*recipe, *argv]
 
 

@@ -231,7 +231,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, Options]:
     try:
         # Of a repeated flag the last one counts.
         raw = _run_tyro(_arguments(), [*yaml_argv, *argv], description=_DESCRIPTION)
-        if "objective" in given:
+        its_own = f"{flag('objective')}={raw.objective.objective}" in yaml_argv
+        if "objective" in given and not its_own:
             raw = _without_unread(raw, origin)
         config, options = _build(raw)
         refuse_unused(config, given, origin)
@@ -292,8 +293,8 @@ def _of_json(group: Any, values: Mapping[str, Any]) -> Any:
 
 
 _DESCRIPTION = (
-    "Reinforcement learning of a language model with DRPO on Megatron-core. Start it by torchrun; "
-    "every flag may also stand in a YAML file (--config)."
+    "Reinforcement learning of a language model with DRPO on Megatron-core. It starts its ranks "
+    "itself, or is one of torchrun's; every flag may also stand in a YAML file (--config)."
 )
 
 
@@ -385,7 +386,7 @@ def _run_tyro(kind: Any, argv: Sequence[str], **options: Any) -> Any:
             return tyro.cli(
                 kind,
                 args=argv,
-                prog="train_drpo_gpt.sh",
+                prog="megatron-drpo",
                 console_outputs=os.environ.get("RANK", "0") == "0",
                 config=(tyro.conf.OmitArgPrefixes,),
                 **options,

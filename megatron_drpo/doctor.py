@@ -23,12 +23,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
 import tyro
 
 from megatron_drpo import __version__
-from megatron_drpo.arguments import parse
+from megatron_drpo.arguments import Options, given_names, parse, types_of
 from megatron_drpo.cli import exit_status
 from megatron_drpo.config import Config, MemoryConfig, ParallelConfig, flag
 from megatron_drpo.errors import ConfigError
@@ -51,7 +51,7 @@ _NO_PROMPTS = "(none)"
 class Doctor:
     """Without --world-size: whether this machine is ready to train. With it: what a run would take,
     before there is a cluster, a checkpoint or a prompt; then all flags of training are understood
-    as well (`bash examples/train_drpo_gpt.sh --help` lists them)."""
+    as well (docs/flags.md)."""
 
     require_gpu: bool = False
     """A machine without a usable GPU is not ready."""
@@ -119,7 +119,7 @@ def run(argv: Sequence[str]) -> None:
     if doctor.world_size is None:
         _examine_installation(doctor, rest)
         return
-    named = [word.partition("=")[0] for word in rest]
+    named = [word.partition("=")[0].replace("_", "-") for word in rest]
     if "--prompts" not in named and "--rollouts-file" not in named:
         rest = [*rest, "--prompts", _NO_PROMPTS, "--rollouts-file", "None"]
     config, _ = parse(rest)
@@ -134,10 +134,9 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _examine_installation(doctor: Doctor, rest: Sequence[str]) -> None:
-    given = [
-        flag(each.name) for each in fields(Doctor) if getattr(doctor, each.name) != each.default
-    ]
-    unread = [*(name for name in given if name != "--require-gpu"), *rest]
+    given_names(rest, types_of([*get_type_hints(Config).values(), Options, Doctor]))
+    changed = [each.name for each in fields(Doctor) if getattr(doctor, each.name) != each.default]
+    unread = [*(flag(name) for name in changed if name != "require_gpu"), *rest]
     if unread:
         raise ConfigError(
             f"--world-size: is missing, and {unread[0]} is about a run on so many ranks; give it "

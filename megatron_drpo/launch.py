@@ -11,13 +11,13 @@ Python without torch can be told so.
 | `NNODES` | machines | nodes of the srun step, `PET_NNODES`, or 1 |
 | `NODE_RANK` | which of them this is, from 0 | `SLURM_NODEID`, `PET_NODE_RANK` |
 | `MASTER_ADDR` | host name or address of node 0 | first host of the step, `PET_MASTER_ADDR` |
-| `MASTER_PORT` | a free port there | 20000 + job id mod 10000, `PET_MASTER_PORT`, or 29500 |
+| `MASTER_PORT` | a free port there | `PET_MASTER_PORT`, 20000 + job id mod 10000, or 29500 |
 | `GPUS_PER_NODE`, `NPROC_PER_NODE` | ranks of this node | `PET_NPROC_PER_NODE`, its GPUs, or 2 |
 
 Ranks that are there already are not started again: processes with `RANK`, `WORLD_SIZE` and
 `LOCAL_RANK`, as torchrun sets them, and tasks of an srun step that has more tasks than nodes.
-`PET_*` are Kubeflow's; its `RANK` and `WORLD_SIZE` count pods, have no `LOCAL_RANK`, and are not
-read.
+`PET_*` are Kubeflow's; beside them its `RANK` counts pods, and without `LOCAL_RANK` makes none of
+them a rank.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def _num_ranks(read: _Reader, count_gpus: Callable[[], int]) -> int:
             f"{count_gpus()}, or NPROC_PER_NODE={gpus} with --device cpu"
         )
     wanted = ranks or gpus
-    if not wanted and read.text("PET_NPROC_PER_NODE") not in ("auto", "gpu"):
+    if not wanted and read.text("PET_NPROC_PER_NODE") not in ("auto", "gpu", "cpu"):
         wanted = read.number("PET_NPROC_PER_NODE", 1)
     return wanted or count_gpus() or 2
 
@@ -345,16 +345,31 @@ def _start(argv: list[str], program: Sequence[str], prepare: Prepare) -> int:
     if _HELP & set(argv):
         return cli.start(argv)
     found = plan(os.environ, _count_gpus)
+    if isinstance(found, Rank):
+        if found.environment and os.isatty(0):
+            raise ConfigError(
+                f"SLURM_STEP_NUM_TASKS {found.world_size}: in a shell of srun --pty this process "
+                "would wait for the other tasks, which are shells; set NNODES=1 NODE_RANK=0 to "
+                "start the ranks here"
+            )
+        os.environ.update(found.environment)
     argv = prepare(argv, found.world_size)
     if isinstance(found, Rank):
-        os.environ.update(found.environment)
         return cli.start(argv)
     # What is mistyped is answered at once, and what starts nothing is answered here.
     _, options = arguments.parse(argv)
     if options.dry_run:
-        os.environ.update(RANK=str(found.node_rank), WORLD_SIZE=str(found.world_size))
+        os.environ["RANK"] = "0"
+        if _is_told(found):
+            os.environ["WORLD_SIZE"] = str(found.world_size)
         return cli.start(argv)
-    return _run_agent([*found.arguments, *program, *argv])
+    return _run_agent(found, [*found.arguments, *program, *argv])
+
+
+def _is_told(agent: Agent) -> bool:
+    """Whether the number of ranks is more than the guess for a machine without GPUs."""
+    names = ("NPROC_PER_NODE", "GPUS_PER_NODE", "PET_NPROC_PER_NODE")
+    return agent.num_nodes > 1 or _count_gpus() > 0 or any(map(os.environ.get, names))
 
 
 def _count_gpus() -> int:
@@ -378,8 +393,13 @@ def _pass_on_stop() -> None:
         time.sleep(1)
 
 
-def _run_agent(arguments: list[str]) -> int:
-    """Start torchrun in this process; the exit status of the rank that failed first, or 0."""
+def _run_agent(agent: Agent, arguments: list[str]) -> int:
+    """Start torchrun in this process; the exit status of the rank that failed first, or 0.
+
+    Raises:
+        ConfigError: the nodes did not find each other.
+    """
+    from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -401,6 +421,13 @@ def _run_agent(arguments: list[str]) -> int:
             ended = f"error: rank {rank} was ended by {failure.signal_name()}"
             print(f"{ended} (SIGKILL often means: out of memory)", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
+    except (DistNetworkError, DistStoreError) as error:
+        where = f"MASTER_ADDR {agent.address} MASTER_PORT {agent.port}"
+        raise ConfigError(
+            f"{where}: the {agent.num_nodes} nodes did not find each other "
+            f"({str(error).splitlines()[0]}); start all of them within ten minutes, with the "
+            "address of node 0 and a port there that is free and reachable"
+        ) from error
     except SignalException as stop:  # Ctrl-C, or a scheduler's SIGTERM; the ranks have ended
         print(f"error: ended by {stop.sigval.name}", file=sys.stderr)
         return 128 + stop.sigval

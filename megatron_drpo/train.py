@@ -16,7 +16,6 @@ import json
 import math
 import shutil
 import signal
-import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -182,11 +181,12 @@ class Run:
         """All steps that are left, with evaluation and checkpoints in between and at the end;
         False if a stop was asked for before the last."""
         config, steps = self.config, self.config.train.train_iters
-        started = time.perf_counter()
         if self.main:
             self.directory.mkdir(parents=True, exist_ok=True)
             _write_json(self.directory / "config.json", config.flat())
             self._keep_settings()
+            if config.rollout.save_rollouts:
+                self._drop_rollouts()
             resume_step = self.step + 1 if config.output.resume else None
             self.writer = MetricsWriter(self.directory, resume_step=resume_step)
         self.layout.barrier()  # servers are told of settings that rank 0 has kept
@@ -238,7 +238,6 @@ class Run:
                     "device": self.inputs.device.kind,
                     "layout": str(self.layout),
                     "steps": self.step,
-                    "wall_seconds": time.perf_counter() - started,
                 },
             )
             self.say(f"report: {write_report(self.directory)}")
@@ -270,6 +269,13 @@ class Run:
             staging.mkdir()
             copy_settings(self.inputs.model, staging, None)
             staging.rename(self.settings)
+
+    def _drop_rollouts(self) -> None:
+        """Of steps that this run has yet to make: those of an earlier one in this directory, or of
+        steps beyond the checkpoint, as with what was logged of them."""
+        for file in (self.directory / "rollouts").glob("step-*.jsonl"):
+            if int(file.stem.removeprefix("step-")) > self.step:
+                file.unlink()
 
     def _due(self, interval: int) -> bool:
         """True at the end of the run, and every `interval` steps unless that is 0."""

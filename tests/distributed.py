@@ -27,22 +27,29 @@ _CONTEXT.set_forkserver_preload(["transformers", "megatron_drpo.mcore.policy"])
 
 
 def run_distributed(
-    fn: Callable[..., None], world_size: int, *args: Any, timeout: float = 600.0
+    fn: Callable[..., None],
+    world_size: int,
+    *args: Any,
+    timeout: float = 600.0,
+    new_processes: bool = False,
 ) -> None:
     """Call `fn(rank, world_size, *args)` in `world_size` fresh processes with gloo initialised.
 
     Args:
         fn: a function at the top level of its module, so that a fresh process can import it.
         timeout: seconds after which every process is killed.
+        new_processes: start each as a program of its own, which sees environment variables from
+            its beginning, as the C library wants them.
 
     Raises:
         AssertionError: a process failed (with its traceback) or did not end in time (with the
             stacks of those that hung).
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as torch is imported: no thread is forked
+    context = multiprocessing.get_context("spawn") if new_processes else _CONTEXT
     with tempfile.TemporaryDirectory() as scratch:
         processes = [
-            _CONTEXT.Process(
+            context.Process(
                 target=_child,
                 args=(fn, rank, world_size, Path(scratch), timeout, dict(os.environ), args),
             )

@@ -124,10 +124,11 @@ def test_the_launcher_finds_its_place_in_the_step(cluster: Path) -> None:
 
 
 def test_the_batch_script_uses_a_container_if_it_is_given_one(cluster: Path) -> None:
-    submit(cluster, IMAGE="/images/drpo.sqsh", MOUNTS="/data:/data")
+    output = cluster.parent / "elsewhere"
+    submit(cluster, IMAGE="/images/drpo.sqsh", MOUNTS="/data:/data", OUTPUT_DIR=str(output))
     given = lines(cluster / "srun.txt")
     assert "--container-image=/images/drpo.sqsh" in given
-    assert f"--container-mounts={cluster}:{cluster},/data:/data" in given
+    assert f"--container-mounts={cluster}:{cluster},{output}:{output},/data:/data" in given
     assert f"--container-workdir={cluster}" in given
 
 

@@ -40,9 +40,8 @@ def test_a_plan_needs_config_json_alone(
     for word in ("all-to-all EP", "reduce-scatter EDP", "tokens/s", "MFU", "GiB", "not run"):
         assert word in text
     # 5,164,972,032 parameters on a rank: 16 experts of each layer and everything else.
-    experts, per_expert = 16 * 48, 3 * 2048 * 768
+    per_expert = 3 * 2048 * 768
     assert f"{30_532_122_624 - (128 - 16) * 48 * per_expert:,}" in text
-    assert experts * per_expert + 0 < 5_164_972_032
     file = [model[0], str(Path(model[1]) / "config.json")]
     assert doctor.main([*file, *FITS]) == 0
     assert capsys.readouterr().out == text
@@ -170,9 +169,9 @@ def test_this_machine_is_ready() -> None:
     assert done.stdout.rstrip().endswith("ready") and done.stderr == ""
     verdicts = dict(re.findall(r"^  (?:ok|note)  +([\w -]+?)  +(\S.*)$", done.stdout, re.MULTILINE))
     near = r"within (\S+) (?:of fp64|nats of transformers)"
-    for what in ("kernels", "training step"):
+    for what, most in (("kernels", 1e-5), ("training step", 2e-3)):
         (worst,) = re.findall(near, verdicts[what])
-        assert 0 < float(worst) < 1e-5
+        assert 0 < float(worst) < most
 
 
 def findings(monkeypatch: pytest.MonkeyPatch, require_gpu: bool = False) -> dict[str, Finding]:
@@ -217,6 +216,7 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (["--hf-model", "m"], "--world-size: is missing, and --hf-model is about"),
         (["--suggest"], "--world-size: is missing, and --suggest is about"),
+        (["--require-gpus"], "--require-gpus: unknown flag; did you mean --require-gpu?"),
         (["--world-size", "8", "--hf-model", "m", "--require-gpu"], "--require-gpu: a plan needs"),
     ],
 )

@@ -45,6 +45,9 @@ def _train(rank: int, world_size: int, root: Path, flags: list[str]) -> None:
     os.chdir(root)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     tp2 = [*flags, "--tensor-model-parallel-size", "2"]
+    if rank == 0:  # of a run in the same directory that came further before it was killed
+        Path("straight/rollouts").mkdir(parents=True)
+        Path("straight/rollouts/step-000099.jsonl").write_text("{}\n")
     cli.start([*tp2, "--train-iters", "6", "--output-dir", "straight", "--save-rollouts"])
     cli.start([*tp2, "--train-iters", "3", "--output-dir", "resumed"])
     dist.barrier()
@@ -109,6 +112,12 @@ def logged(run: Path) -> dict[int, dict[str, float]]:
         values = {name: v for name, v in line.items() if not is_measurement(name)}
         steps.setdefault(values.pop("step"), {}).update(values)
     return steps
+
+
+@pytest.mark.distributed
+def test_saved_rollouts_are_those_of_the_run(runs: Path) -> None:
+    names = sorted(path.name for path in (runs / "straight/rollouts").iterdir())
+    assert names == [f"step-{number:06d}.jsonl" for number in range(1, 7)]
 
 
 @pytest.mark.distributed

@@ -70,6 +70,7 @@ def test_the_source_distribution_can_be_tested(built: Path) -> None:
     folders = ("megatron_drpo", "benchmarks", "docs", "examples", "tests", "tools")
     assert set().union(*map(files_below, folders)) <= names
     assert {"Makefile", "Dockerfile", "constraints.txt", "pyproject.toml", "LICENSE"} <= names
+    assert {".dockerignore", ".gitignore"} <= names
 
 
 def test_an_installed_wheel_starts_from_anywhere(built: Path, tmp_path: Path) -> None:

@@ -261,7 +261,9 @@ def measure(group: str) -> dict[str, list[int]]:
     """Bytes of each case on each rank, in new processes."""
     world_size, cases = GROUPS[group]
     with tempfile.TemporaryDirectory() as directory, mock.patch.dict(os.environ, ALLOCATOR):
-        run_distributed(_measure, world_size, directory, group, timeout=_TIMEOUT)
+        run_distributed(
+            _measure, world_size, directory, group, timeout=_TIMEOUT, new_processes=True
+        )
         return {
             name: [
                 json.loads(Path(directory, f"{name}-{r}").read_text()) for r in range(world_size)

@@ -408,6 +408,8 @@ def test_workers_end_with_the_trainer(module, tmp_path, how):
         [sys.executable, "-c", TRAINER, f"{name}:reward"],
         env=os.environ | {"PYTHONPATH": sys.path[0], "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
+        # A shell's job in the background, which this may be part of, ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as trainer:
         deadline = time.monotonic() + 60
         while len(started := list(tmp_path.glob("worker-*"))) < 2:

@@ -34,7 +34,7 @@ METRICS = "|".join(
     (
         *("time", "memory", "tokens_per_second", "packing", "response_length", "finish", "reward"),
         *("weight", "ratio", "divergence", "drift", "entropy", "objective", "eval", "servers"),
-        *("engine_gap", "staleness", "dynamic_sampling"),
+        *("engine_gap", "staleness", "dynamic_sampling", "advantage", "tokens", "tflop", "moe"),
     )
 )
 TORCHRUN = (

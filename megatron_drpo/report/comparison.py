@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_drpo.config import flag
 from megatron_drpo.errors import DataError
-from megatron_drpo.report.facts import facts
+from megatron_drpo.report.facts import TIMES, facts
 from megatron_drpo.report.page import number, page, picture, row, save, setting
 from megatron_drpo.report.plots import STYLE, draw_line, log_scale, new_figure, step_axis
 from megatron_drpo.report.run import Run, load
@@ -152,7 +152,7 @@ def _minutes(run: Run) -> dict[int, float]:
     """By step, since the start of the run."""
     seconds, minutes = 0.0, {}
     for step, line in run.metrics.items():
-        times = [line.get(f"time/{name}", 0.0) for name in ("step", "evaluate", "checkpoint")]
+        times = [line.get(name, 0.0) for name in TIMES]
         seconds += sum(each for each in times if math.isfinite(each))
         minutes[step] = seconds / 60
     return minutes

@@ -20,11 +20,13 @@ class Fact(NamedTuple):
     remark: str = ""
 
 
+TIMES = ("time/step", "time/evaluate", "time/checkpoint")
+"""What the time of a run is made of; none of them is part of another."""
+
+
 def wall_time(run: Run) -> float | None:
-    """Seconds, from the summary, else the sum of the logged steps."""
-    if "wall_seconds" in run.summary:
-        return float(run.summary["wall_seconds"])
-    times = run.finite("time/step")
+    """Seconds of all steps, evaluations and checkpoints, over all starts of the run."""
+    times = [seconds for name in TIMES for seconds in run.finite(name)]
     return sum(times) if times else None
 
 

@@ -24,7 +24,7 @@ class Run:
     histograms: dict[int, dict[str, Histogram]]
     samples: list[dict[str, Any]]
     summary: dict[str, Any]
-    """Written at the end of a run: `device`, `layout`, `wall_seconds`, `steps`; any other field is
+    """Written at the end of a run: `device`, `layout`, `steps`; any other field is
     shown as it is."""
 
     def series(self, name: str) -> tuple[list[int], list[float]]:

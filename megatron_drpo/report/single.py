@@ -88,7 +88,7 @@ def render(run: Run) -> str:
     told = (run.config.get("objective"), model, run.config.get("prompts"))
     subtitle = " &middot; ".join(escape(str(each)) for each in told if each)
     plots = pictures(run)
-    used = ("device", "layout", "wall_seconds", "steps")
+    used = ("device", "layout", "steps")
     rest = {k: v for k, v in run.summary.items() if k not in used}
     return page(
         title,
