@@ -10,7 +10,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,20 +54,36 @@ def read_jsonl(
     Raises:
         DataError: the file cannot be read or holds nothing, or the problems of all lines at once.
     """
+    records = [*parse_lines(path, read_lines(path, what), parse)]
+    if not records:
+        raise DataError(f"{path}: is empty; give a JSONL file of {what}")
+    return records
+
+
+def read_lines(path: str | Path, what: str) -> Iterator[bytes]:
+    """The lines of a file, one at a time in memory; see `read_jsonl`."""
     try:
-        content = Path(path).read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-        lines = content.split(b"\n")
+        with Path(path).open("rb") as file:
+            compressed = file.peek(2).startswith(b"\x1f\x8b")
+            yield from gzip.GzipFile(fileobj=file) if compressed else file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: is damaged or not complete ({error}); copy or write it again"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a JSONL file of {what}") from error
-    records, problems = [], []
+
+
+def parse_lines(
+    path: str | Path, lines: Iterable[bytes], parse: Callable[[int, dict[str, Any]], Record]
+) -> Iterator[Record]:
+    """What `read_jsonl` makes of the lines of `path`, as they come; the problems of all lines are
+    raised after the last."""
+    problems = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        # Without its end, too: JSON's reader would count columns from there.
+        line = line.rstrip()
+        if not line:
             continue
         try:
             try:
@@ -81,13 +97,12 @@ def read_jsonl(
                 raise DataError(f"malformed JSON: {error}") from error
             if not isinstance(value, dict):
                 raise DataError(f"must be a JSON object, found {_kind(value)}")
-            records.append(parse(number, value))
+            record = parse(number, value)
         except DataError as error:
             problems.append(f"{path}:{number}: {error}")
+        else:
+            yield record
     raise_problems(problems)
-    if not records:
-        raise DataError(f"{path}: is empty; give a JSONL file of {what}")
-    return records
 
 
 def _kind(value: object) -> str:

@@ -187,19 +187,22 @@ class Replayed:
     scalars: dict[str, float]
     """As training logs them."""
     tokens: list[dict[str, Any]]
-    """Every loss token of every update, on rank 0 (elsewhere none), as docs/debugging.md has them:
-    `update` from 1, `id` and `sample` of the rollout, `token` (its number in the response, from 0),
-    `token_id`, `text`, `policy_version`, `behaviour_logprob` (log mu), `logprob` (log pi, at this
-    update), `old_logprob` (before the first), `ratio` (pi / mu), `weight` (the objective's gradient
-    weight), `advantage`, `entropy`, and `objective/*`, which the objective says besides."""
+    """If asked for, every loss token of every update, on rank 0 (elsewhere none), as
+    docs/debugging.md has them: `update` from 1, `id` and `sample` of the rollout, `token` (its
+    number in the response, from 0), `token_id`, `text`, `policy_version`, `behaviour_logprob` (log
+    mu), `logprob` (log pi, at this update), `old_logprob` (before the first), `ratio` (pi / mu),
+    `weight` (the objective's gradient weight), `advantage`, `entropy`, and `objective/*`, which the
+    objective says besides."""
 
 
-def replay(config: Config, inputs: Inputs, source: Source) -> Replayed:
+def replay(config: Config, inputs: Inputs, source: Source, *, with_tokens: bool) -> Replayed:
     """Compute a step again; collective over all ranks.
 
     Args:
         config: of `configure`.
         inputs: of `preflight(config, ..., replay=source.rollouts)`.
+        with_tokens: fill `Replayed.tokens`, at near 1 KB of rank 0's memory per token; the same on
+            all ranks.
     """
     # Imported here, since they take seconds: a step that is not there is said at once.
     from megatron_drpo import train
@@ -219,7 +222,8 @@ def replay(config: Config, inputs: Inputs, source: Source) -> Replayed:
 
     layout = parallel.initialize(config.parallel, inputs.device, config.train.seed)
     with contextlib.ExitStack() as background:
-        scalars, _ = Recorded(config, inputs, layout, background, source.checkpoint).train_step()
+        run = Recorded if with_tokens else train.Run
+        scalars, _ = run(config, inputs, layout, background, source.checkpoint).train_step()
     parallel.destroy(layout)
     return Replayed(scalars, table)
 

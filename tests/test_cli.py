@@ -85,6 +85,14 @@ def test_another_objective_leaves_out_what_the_file_gives_its_own(tmp_path: Path
     assert objective.drpo_delta == ObjectiveConfig.drpo_delta
     assert parse(["--config", file])[0].objective.drpo_delta == 0.5
     assert parse([*flags[:3], "drpo"])[0].objective.drpo_delta == 0.5
+    (tmp_path / "at-odds").mkdir()
+    at_odds = yaml_file(
+        tmp_path / "at-odds",
+        "hf-model: m\nprompts: p.jsonl\nobjective: drpo\nppo-clip-high: 0.3\n",
+    )
+    for again in ([], ["--objective", "drpo"]):  # no other objective: the file's own mistake
+        with pytest.raises(ConfigError, match="--ppo-clip-high 0.3: is read by"):
+            parse(["--config", at_odds, *again])
     with pytest.raises(ConfigError, match="--drpo-delta 0.5: is read by --objective drpo only"):
         parse([*flags, "--drpo-delta", "0.5"])  # here it is meant
 

@@ -79,6 +79,22 @@ def test_the_first_difference_is_told_with_both_numbers(
     assert "reward/mean" in capsys.readouterr().out
 
 
+def test_a_narrow_terminal_folds_lines_and_cuts_no_digits(
+    runs: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "80", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    ours, name = -1.2345678901234567e-100, "eval/" + "a-long-name-of-a-file/" * 5 + "avg"
+    theirs = math.nextafter(ours, 0)
+    change(runs[0], 2, **{name: ours})
+    change(runs[1], 2, **{name: theirs})
+    assert main([*runs]) == 1
+    out = capsys.readouterr().out
+    assert "\x1b[" in out, "this is a terminal"
+    assert name in out and repr(ours) in out and repr(theirs) in out
+
+
 def test_within_a_tolerance_numbers_are_equal(
     runs: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,12 +148,13 @@ def test_flags_that_differ(runs: tuple[str, str], capsys: pytest.CaptureFixture[
 def test_the_order_of_a_step_says_what_came_first() -> None:
     names = ["eval/avg", "loss", "engine_gap/max_abs", "packing/efficiency", "reward/mean"]
     names += ["response_length/mean", "advantage/std", "objective/penalty", "grad_norm"]
+    names += ["servers/canary_gap", "servers/used"]
     ours = {1: dict.fromkeys(names, 1.0)}
     theirs = {1: dict.fromkeys(names, 2.0)}
     found = differences(ours, theirs, [1])
     assert [each.stage for each in found] == [
         *("responses", "rewards", "rewards", "packing", "scoring"),
-        *("training", "training", "training", "evaluation"),
+        *("training", "training", "training", "weight sync", "weight sync", "evaluation"),
     ]
     assert {each.relative for each in found} == {0.5}
     assert stage("eval/response_length") == "evaluation" and stage("ratio/max") == "training"
@@ -159,3 +176,5 @@ def test_what_cannot_be_read(runs: tuple[str, str], capsys: pytest.CaptureFixtur
     assert "nowhere/metrics.jsonl: does not exist" in capsys.readouterr().err
     assert main([*runs, "--tolerance", "-1"]) == 2
     assert "--tolerance -1.0: must be 0 or more" in capsys.readouterr().err
+    assert main([*runs, "--json", "--all"]) == 2
+    assert "--json: lists all numbers that ever differ; drop --all" in capsys.readouterr().err

@@ -347,6 +347,43 @@ def test_a_dry_run_describes_all_nodes_from_one(
     assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "nobody dies of it"
 
 
+def test_a_dry_run_where_no_ranks_are_named_takes_the_fewest_ranks_that_fit(
+    tmp_path: Path, shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*make_tiny_run(tmp_path), "--dry-run", "--tensor-model-parallel-size", "4"]
+    shell.chdir(tmp_path)
+    assert launch.main(flags) == 0
+    assert "4 rank(s) = TP 4" in capsys.readouterr().out
+    for name, value in (HEAD | {"NPROC_PER_NODE": "4"}).items():
+        shell.setenv(name, value)
+    assert launch.main(flags) == 0
+    assert "8 rank(s) = TP 4" in capsys.readouterr().out, "another node may be asked, too"
+
+
+def test_nodes_that_do_not_meet_are_told_where(
+    shell: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        node = {"NNODES": "2", "NODE_RANK": "0", "NPROC_PER_NODE": "1"}
+        for name, value in {**node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            shell.setenv(name, value)
+        assert launch.main(["--hf-model", "m", "--prompts", "p"]) == 2
+    error = capfd.readouterr().err
+    assert f"error: MASTER_ADDR 127.0.0.1 MASTER_PORT {port}: the 2 nodes did not find" in error
+    assert "Traceback" not in error
+
+
+def test_a_shell_of_srun_does_not_wait_for_the_other_shells(
+    shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in RANKS.items():
+        shell.setenv(name, value)
+    shell.setattr(os, "isatty", lambda file: True)
+    assert launch.main(["--hf-model", "m", "--prompts", "p"]) == 2
+    assert "set NNODES=1 NODE_RANK=0 to start" in capsys.readouterr().err
+
+
 def test_help_comes_wherever_one_is(
     shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

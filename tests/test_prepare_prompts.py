@@ -6,6 +6,7 @@ the real GSM8K and MATH-500 (docs/data.md).
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shlex
@@ -121,6 +122,9 @@ def test_math_as_its_authors_and_as_math_500_have_it(tmp_path: Path) -> None:
         ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
         ("\\boxed{1} or \\boxed{2}", "2"),
         ("\\boxed{1", None),
+        ("$\\boxed{1}$, no: $\\boxed\\frac{1}{2}$", None),
+        ("$\\boxed{1}$, no: $\\boxed \\pi$", None),
+        ("\\boxed{1} \\boxedness", "1"),
         ("no box {1}", None),
         ("", None),
     ],
@@ -216,6 +220,34 @@ def test_what_is_evaluated_on_is_not_trained_on(
     assert "2 of --exclude left out: train.jsonl:1, train.jsonl:3" in capsys.readouterr().out
 
 
+FORMULA = (
+    "Let $f\\left(x\\right) = \\dfrac{x}{2}$,\\\\and \\begin{align*}y&=1.\\end{align*} Get $y$."
+)
+
+
+@pytest.mark.parametrize(
+    ("copy", "left_out"),
+    [
+        ("Let \\(f(x)=\\frac x2\\), and \\[ y = 1. \\] Get \\( y \\).", True),
+        ("let f(x) = x/2, and y = 1. get y", True),
+        (FORMULA.replace("and", "or"), False),
+        (FORMULA.replace("{2}", "{3}"), False),
+    ],
+)
+def test_commands_of_latex_do_not_hide_a_copy(tmp_path: Path, copy: str, left_out: bool) -> None:
+    file = write(tmp_path / "t.jsonl", [dapo(copy, "1"), dapo("Other?", "2")])
+    excluded = write(tmp_path / "e.jsonl", [{"problem": FORMULA}])
+    lines = prepare(tmp_path, "dapo", file, more=["--exclude", excluded])
+    assert [line["problem"] for line in lines] == ["Other?"] if left_out else [copy, "Other?"]
+
+
+def test_problems_of_commands_alone_are_not_all_alike(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.jsonl", [dapo("$\\alpha$", "1"), dapo("$\\beta$?", "2")])
+    excluded = write(tmp_path / "e.jsonl", [{"problem": "$ \\alpha $"}])
+    (line,) = prepare(tmp_path, "dapo", file, more=["--exclude", excluded])
+    assert line["problem"] == "$\\beta$?"
+
+
 def test_the_guides_commands_are_understood() -> None:
     guide = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
     lines = re.sub(r" *\\\n *", " ", guide).splitlines()
@@ -249,7 +281,90 @@ def test_a_held_out_part_does_not_depend_on_order(tmp_path: Path) -> None:
     assert set(split(rows, seed="2")[1]) != set(kept)
 
 
+def test_no_near_copy_of_a_held_out_problem_is_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two problems, each in four settings: whichever is held out, its others are not trained on."""
+    settings = (
+        "What is $\\frac{%d}{2}$?",
+        "What is $\\dfrac %d2$?",
+        "What is %d/2?",
+        "what is %d / 2",
+    )
+    rows = [gsm8k(text % number, "1") for number in (3, 5) for text in settings]
+    file, held = write(tmp_path / "t.jsonl", rows), tmp_path / "held.jsonl"
+    more = ["--holdout", "1", "--eval-out", str(held)]
+    lines = prepare(tmp_path, "gsm8k", file, more=more)
+    (out,) = read(held)
+    other = "5" if "3" in out["problem"] else "3"
+    assert len(lines) == 4 and all(other in line["problem"] for line in lines)
+    alike = [n for n, row in enumerate(rows, 1) if other not in row["question"]]
+    alike = [f"t.jsonl:{n}" for n in alike if f"t.jsonl:{n}" != out["source"]]
+    assert f"3 like a held-out one left out: {', '.join(alike)}" in capsys.readouterr().out
+    # Where only copies would be left, there is nothing to train on.
+    file = write(tmp_path / "t.jsonl", rows[:4])
+    held.unlink()
+    (line,) = refused(capsys, tmp_path, "gsm8k", "--inputs", file, *more)
+    assert "--holdout 1: 4 problems are left of --inputs, 3 of them like a held-out one" in line
+    assert not held.exists()
+
+
 # --- Refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "told"),
+    [
+        ("gsm8k", {"problem": "A?", "answer": "2\n#### 2"}, "`question` must hold it"),
+        ("math", gsm8k("A?", "2"), "`problem` must hold it"),
+        ("dapo", gsm8k("A?", "2"), "name the data set that this is: gsm8k has `####`"),
+        ("dapo", {"problem": "A?", "solution": "It is $\\boxed{2}$."}, "math has it in \\boxed{}"),
+        ("aime", gsm8k("A?", "2"), "a whole number from 0 to 999"),
+    ],
+)
+def test_files_of_another_data_set_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str, row: Any, told: str
+) -> None:
+    file = write(tmp_path / "t.jsonl", [row])
+    (line,) = refused(capsys, tmp_path, dataset, "--inputs", file)
+    assert f"{file}:1: " in line and told in line
+
+
+def test_refused_lines_of_all_files_are_listed_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = gsm8k("A?", "1"), {"question": "B?", "answer": "2"}
+    first = write(tmp_path / "a.jsonl", [good, bad, bad])
+    (tmp_path / "b.jsonl").write_text("{\n\n{\n")
+    second = write(tmp_path / "c.parquet", [good, bad])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"question": "C?"}' * 99)[:-9])
+    excluded = write(tmp_path / "d.json", [{}])
+    names = [first, *(str(tmp_path / name) for name in ("b.jsonl", "empty.jsonl", "cut.jsonl.gz"))]
+    argv = ["--inputs", *names, second, "--exclude", excluded]
+    lines = refused(capsys, tmp_path, "gsm8k", *argv)
+    places = [re.split(": (?=[`a-z])", line.removeprefix("error: "))[0] for line in lines]
+    assert places == [
+        *(f"{first}:2", f"{first}:3", f"{names[1]}:1", f"{names[1]}:3"),
+        *(names[2], names[3], f"{second}:2", f"{excluded}:1"),
+    ]
+    # Ten are named, of whatever file, and the others counted.
+    many = [write(tmp_path / f"{n}.jsonl", [bad, good, bad]) for n in range(7)]
+    lines = refused(capsys, tmp_path, "gsm8k", "--inputs", *many)
+    assert [line.partition(": `")[0].removeprefix("error: ") for line in lines[:-1]] == [
+        f"{name}:{number}" for name in many[:5] for number in (1, 3)
+    ]
+    assert lines[-1].endswith("... and 4 more")
+
+
+def test_both_files_are_written_or_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "t.jsonl", [gsm8k("A?", "1"), gsm8k("B?", "2")])
+    before = sorted(tmp_path.iterdir())
+    for place, told in ((f"{file}/held.jsonl", "cannot be written"), (tmp_path, "is a directory")):
+        argv = ["--inputs", file, "--holdout", "1", "--eval-out", str(place)]
+        (line,) = refused(capsys, tmp_path, "gsm8k", *argv)
+        assert str(place) in line and told in line
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def test_lines_of_another_data_set_are_refused_by_number(
@@ -293,6 +408,13 @@ def test_files_that_cannot_be_read_are_refused(
     damaged.write_bytes(b"PAR1 and what a broken copy leaves")
     (line,) = refused(capsys, tmp_path, "aime", "--inputs", str(damaged))
     assert f"{damaged}: cannot be read as Parquet" in line
+    # Its end is whole, and so what is read first; a page is not.
+    whole = Path(write(damaged, [{"problem": f"A{n}?", "answer": "1"} for n in range(999)]))
+    content = bytearray(whole.read_bytes())
+    content[20:2000] = bytes(1980)
+    damaged.write_bytes(content)
+    (line,) = refused(capsys, tmp_path, "aime", "--inputs", str(damaged))
+    assert f"{damaged}: cannot be read as Parquet" in line
     file = write(tmp_path / "t.parquet", [{"problem": "A?", "answer": "1"}])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (line,) = refused(capsys, tmp_path, "aime", "--inputs", file)
@@ -310,6 +432,8 @@ def test_settings_at_odds_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     (line,) = refused(capsys, tmp_path, "gsm8k", "--inputs", file, *held, "2")
     assert "--holdout 2: 2 problems are left" in line and not (tmp_path / "held.jsonl").exists()
     assert "--inputs: give" in refused(capsys, tmp_path, "gsm8k", "--inputs")[0]
+    (line,) = refused(capsys, tmp_path, "gsm8k", "--inputs", file, "--seed", "1234")
+    assert "--seed 1234: is of the choice of --holdout" in line
     (line,) = refused(capsys, tmp_path, "gsm8k", "--inputs", file, "--exclude", file)
     assert "0 problems are left" in line
     inside = str(tmp_path / "t.jsonl" / "out.jsonl")

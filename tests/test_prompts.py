@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -13,7 +14,14 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_drpo.errors import ConfigError, DataError
-from megatron_drpo.prompts import PromptSampler, load_tokenizer, read_prompts, stop_ids
+from megatron_drpo.prompts import (
+    PromptSampler,
+    load_tokenizer,
+    parse_lines,
+    read_jsonl,
+    read_prompts,
+    stop_ids,
+)
 
 VOCAB = ["<unk>", "<s>", "</s>", "[", "]", *"0123456789+=abcdefghijklmnopqrstuvwxyz"]
 TEMPLATE = (
@@ -141,6 +149,41 @@ def test_all_problems_are_reported_at_once_with_file_and_line(tmp_path):
     for line, (number, *parts) in zip(lines, expected, strict=True):
         assert line.startswith(f"{path}:{number}: ")
         assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_line_is_read_alike_however_it_ends_and_is_packed(tmp_path, pack, end):
+    path = tmp_path / "p.jsonl"
+    lines = [b'\xef\xbb\xbf{"n": 1}', b"", b'{"n": "\xc2\x85"}', b'{"n": 3}']
+    path.write_bytes(pack(end.join(lines)))  # the last one without an end
+    found = read_jsonl(path, lambda number, line: (number, line["n"]), "numbers")
+    assert found == [(1, 1), (3, "\x85"), (4, 3)]
+    path.write_bytes(pack(end.join([*lines, b'{"n": 4', b""])))
+    with pytest.raises(DataError, match=r"p\.jsonl:5: malformed JSON in column 8: "):
+        read_jsonl(path, lambda number, line: line, "numbers")
+
+
+def test_lines_are_parsed_as_they_come_and_their_problems_told_at_the_end():
+    come = []
+
+    def lines():
+        for line in (b'{"n": 1}', b"x", b'{"n": 3}'):
+            come.append(line)
+            yield line
+
+    found = parse_lines("p.jsonl", lines(), lambda number, line: line["n"])
+    assert (next(found), len(come)) == (1, 1)
+    assert (next(found), len(come)) == (3, 3)
+    with pytest.raises(DataError, match=r"^p\.jsonl:2: malformed JSON in column 1"):
+        next(found)
+
+
+def test_a_packed_file_that_is_torn_is_refused(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(gzip.compress(b'{"n": 1}\n' * 100)[:-5])
+    with pytest.raises(DataError, match=r"p\.jsonl: is damaged or not complete"):
+        read_jsonl(path, lambda number, line: line, "numbers")
 
 
 def test_ten_problems_are_listed_and_the_rest_is_counted(tmp_path):

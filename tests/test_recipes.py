@@ -25,6 +25,7 @@ from tools import prepare_prompts
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 RECIPES_FOR_GPUS = [path for path in RECIPES if path.stem.endswith("gpu")]
+SLURM = ROOT / "examples" / "slurm" / "train.sbatch"
 PAPER = ROOT / "examples" / "recipes" / "qwen3_4b_base_dapo_math_8gpu.yaml"
 
 
@@ -86,6 +87,19 @@ def test_a_header_states_what_the_doctor_says(
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_a_header_plans_with_the_prompts_that_training_has_room_for(recipe: Path) -> None:
+    """Prompts of the length that the doctor was given are accepted; and whoever trains on the same
+    data has the same room for them."""
+    config, _ = parse(["--config", str(recipe)])
+    room = config.train.max_tokens_per_microbatch - config.rollout.rollout_max_response_length
+    for argv in commands(recipe, "python -m megatron_drpo.doctor"):
+        planned = int(argv[argv.index("--prompt-length") + 1])
+        assert planned <= room
+        if "--inputs data/dapo-math-17k.parquet" in header(recipe):
+            assert planned == room == 2048
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_a_header_says_how_to_start_and_what_to_expect(recipe: Path) -> None:
     text = " ".join(header(recipe).split())
     assert "Start it" in text and "It works if" in text
@@ -93,6 +107,11 @@ def test_a_header_says_how_to_start_and_what_to_expect(recipe: Path) -> None:
     assert ("NOT RUN HERE" in text) == recipe.stem.endswith("gpu")
     starts = f"--config examples/recipes/{recipe.name}"
     assert starts in text.partition("Memory of a")[0] or recipe.stem == "arithmetic_cpu"
+    # Long responses make long steps: the notice of a stop that Slurm gives has to cover one.
+    config, _ = parse(["--config", str(recipe)])
+    assert (config.rollout.rollout_max_response_length > 4096) == ("--signal USR1@" in text)
+    (notice,) = re.findall(r"--signal=USR1@(\d+)", SLURM.read_text())
+    assert f"than the {notice} s of {SLURM.relative_to(ROOT)}" in text or "--signal" not in text
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from megatron_drpo.dashboard import is_measurement
 from megatron_drpo.errors import ConfigError, DataError
 from tests.distributed import run_distributed
 from tests.tiny_run import make_tiny_run
-from tools.replay_step import main
+from tools.replay_step import _lines, _write, main
 
 STEPS, DELTA = 3, 0.5
 REWARD = """
@@ -71,16 +71,19 @@ def _train(rank: int, world_size: int, root: Path, flags: list[str]) -> None:
         Path("before.json").write_text(json.dumps(snapshot(Path("run"))))
     computed, compute = [], replay.replay
 
-    def recorded(*args: Any) -> replay.Replayed:
-        computed.append(compute(*args))
+    def recorded(*args: Any, **options: Any) -> replay.Replayed:
+        computed.append(compute(*args, **options))
         return computed[-1]
 
     replay.replay = recorded
     for name, argv in REPLAYS.items():
         run = "offline" if name == "offline" else "run"
         screen = io.StringIO()
+        tokens = [] if name == "first" else ["--tokens", f"{name}.jsonl"]
         with contextlib.redirect_stdout(screen):
-            assert main([run, *argv, "--tokens", f"{name}.jsonl"]) == 0
+            assert main([run, *argv, *tokens]) == 0
+        # A table that nobody asked for takes much memory.
+        assert bool(computed[-1].tokens) == (bool(tokens) and rank == 0)
         if rank == 0:
             Path(f"{name}.txt").write_text(screen.getvalue())
             Path(f"{name}.json").write_text(json.dumps(computed[-1].scalars))
@@ -296,6 +299,38 @@ def test_numbers_are_equal_only_to_the_last_bit() -> None:
     assert replay.Number("x", 1.5, -2.0).difference == 1.75
     assert replay.Number("x", 0.0, 0.0).difference == 0
     assert math.isnan(replay.Number("x", nan, 1.0).difference)
+
+
+def test_what_is_told_of_loss_and_gradient_is_how_they_differ() -> None:
+    logged = {"loss": 0.5, "grad_norm": 2.0, "reward/mean": 0.25}
+
+    def told(**scalars: float) -> str:
+        done = replay.Replayed(logged | scalars, [])
+        return _lines(SOURCE, [], logged, done)[-1]
+
+    assert told() == "3 of 3 numbers are equal bit for bit"
+    assert told(**{"reward/mean": 0.5}) == "2 of 3 numbers are equal bit for bit"
+    one = "2 of 3 numbers are equal bit for bit; relative difference of "
+    assert told(loss=0.4) == one + "loss 2.0e-01"
+    assert told(grad_norm=2.5) == one + "grad_norm 2.0e-01"
+
+
+def test_a_table_of_tokens_is_json(tmp_path: Path) -> None:
+    """Which knows neither NaN nor infinity."""
+    file = tmp_path / "t.jsonl"
+    row = {"text": "a", "token": 3, "ratio": math.inf, "logprob": -math.inf, "weight": math.nan}
+    _write(file, [row | {"entropy": 0.1}, row])
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    first, second = (
+        json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()
+    )
+    assert first == {"text": "a", "token": 3, "entropy": 0.1} | dict.fromkeys(
+        ["ratio", "logprob", "weight"]
+    )
+    assert second["ratio"] is None
 
 
 def test_the_tool_refuses_before_it_starts(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.tiny_run import make_tiny_run
-from tools.show_rollouts import main, visible
+from tools.show_rollouts import Response, Seen, Show, Sort, main, read, select, visible
 
 HEADER = {
     "rollouts": 1,
@@ -82,6 +84,7 @@ A0, A1, B0, B1 = ("a", 0), ("a", 1), ("b", 0), ("b", 1)
         (["--search", "IS A"], []),
         (["--search", "is a"], [A0, A1]),
         (["--search", "^12+$"], [B0]),
+        (["--search", "^7$"], [A0, A1, B0, B1]),
         (["--id", "b", "--min-reward", "0"], [B1]),
         (["--sort", "reward"], [A1, B1, A0, B0]),
         (["--sort", "reward", "--reverse"], [A0, B1, A1, B0]),
@@ -89,7 +92,10 @@ A0, A1, B0, B1 = ("a", 0), ("a", 1), ("b", 0), ("b", 1)
         (["--sort", "length", "--limit", "2"], [A0, B0]),
         (["--sort", "lowest"], [A1, B1, B0, A0]),
         (["--sort", "logprob", "--reverse"], [A0, B0, B1, A1]),
+        (["--sort", "reward", "--limit", "0"], [A1, B1, A0, B0]),
+        (["--sort", "reward", "--reverse", "--limit", "1"], [A0]),
         (["--reverse"], [B1, B0, A1, A0]),
+        (["--reverse", "--limit", "3"], [B1, B0, A1]),
     ],
 )
 def test_filters_and_order(
@@ -99,6 +105,42 @@ def test_filters_and_order(
     expected: list[tuple[str, int]],
 ) -> None:
     assert chosen(capsys, file, *argv) == expected
+
+
+@pytest.mark.parametrize("sort", ["file", "reward", "length"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_no_more_is_kept_than_is_shown(tmp_path: Path, sort: Sort, reverse: bool) -> None:
+    """A run need not fit into memory; its rewards still count. Ties stay in the file's order."""
+    file = tmp_path / "many.jsonl"
+    lines = [response("a", n, "7" * (1 + n % 5), (n * 7 % 11) / 8 or None) for n in range(60)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [HEADER, *lines]))
+    alive: list[weakref.ref[Response]] = []
+    most = 0
+
+    def watched(responses: Iterator[Response]) -> Iterator[Response]:
+        nonlocal most
+        for each in responses:
+            alive.append(weakref.ref(each))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield each
+
+    seen, asked = Seen(), Show((), id="a", sort=sort, reverse=reverse, limit=4)
+    shown = select(watched(read(file, None, seen)), asked, seen)
+    assert most <= 4 + 3, "and those in hand"
+    rewards = [line["reward"] for line in lines if line["reward"] is not None]
+    assert (seen.num_chosen, seen.num_responses, seen.rewards) == (60, 60, rewards)
+    sign = -1 if reverse else 1
+
+    def key(line: dict[str, Any]) -> float:
+        reward = math.inf if line["reward"] is None else sign * line["reward"]
+        return {
+            "file": sign * line["sample"],
+            "length": sign * len(line["response"]),
+            "reward": reward,
+        }[sort]
+
+    expected = [line["sample"] for line in sorted(lines, key=key)[:4]]
+    assert [each.line["sample"] for each in shown] == expected
 
 
 def test_json_is_the_lines_as_they_are(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,6 +223,30 @@ def test_shards_runs_and_samples(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert chosen(capsys, shards, run) == [B0, B1, A0, A1]
 
 
+def test_files_whose_writer_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line, or a gzip member, that is not complete is not there yet."""
+    rows = [(json.dumps(line) + "\n").encode() for line in [HEADER, *LINES]]
+    plain, packed = tmp_path / "a.jsonl.partial", tmp_path / "b.jsonl.gz.partial"
+    plain.write_bytes(b"".join(rows[:4])[:-5])
+    assert chosen(capsys, plain) == [A0, A1]
+    members = [gzip.compress(b"".join(each)) for each in (rows[:3], rows[3:])]
+    packed.write_bytes(b"".join(members)[:-5])
+    assert chosen(capsys, packed) == [A0, A1]
+    packed.write_bytes(b"".join(members))
+    assert chosen(capsys, packed) == [A0, A1, B0, B1]
+    (tmp_path / "c.jsonl.partial").write_bytes(rows[0][:-5])  # just begun
+    assert chosen(capsys, tmp_path) == [A0, A1, A0, A1, B0, B1]
+    samples = tmp_path / "samples.jsonl"
+    samples.write_bytes(b"".join(rows[1:4])[:-1])
+    assert chosen(capsys, samples) == [A0, A1]
+    # What has its name is complete, or damaged.
+    finished, whole = tmp_path / "d.jsonl", tmp_path / "e.jsonl.gz"
+    finished.write_bytes(plain.read_bytes())
+    assert f"{finished}:4: malformed JSON" in fails(capsys, finished)
+    whole.write_bytes(packed.read_bytes()[:-5])
+    assert f"{whole}: is damaged or not complete" in fails(capsys, whole)
+
+
 def test_long_texts_are_cut_in_the_middle(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,13 +265,16 @@ def test_a_response_cannot_command_the_terminal(
 ) -> None:
     evil = "\x1b[2J\x1b]0;owned\x07 [bold]not markup[/bold]\n\x9b31m"
     file = tmp_path / "evil.jsonl"
-    line = response("\x1b[1m", 0, evil, 1.0, answer="\x1b[5m", response_ids=None)
+    line = response("\x1b[1m", 0, evil, 1.0, answer="\x1b[5m", finish_reason="\x1b[3m")
+    line |= {"policy_version": "\x1b[4m", "sample": "\x1b[7m", "prompt": "half of a pair: \ud800"}
     del line["behaviour_logprobs"], line["response_ids"]
-    file.write_text(json.dumps(line) + "\n")
+    header = HEADER | {"engine": "\x1b[8m"}
+    file.write_text(json.dumps(header) + "\n" + json.dumps(line) + "\n")
     assert main([str(file)]) == 0
     out = capsys.readouterr().out
     assert not {"\x1b", "\x07", "\x9b"} & set(out)
     assert r"\x1b[2J" in out and "[bold]not markup[/bold]" in out
+    assert all(rf"\x1b[{number}m" in out for number in (1, 3, 4, 5, 7, 8))
     assert visible("a\tb\nc\r") == "a\tb\nc\\x0d"
 
 
@@ -234,7 +303,69 @@ def test_what_cannot_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "must be lists, equally long" in fails(capsys, bad)
     bad.write_text(json.dumps(LINES[0] | {"reward": "high"}) + "\n")
     assert "`reward` must be a number" in fails(capsys, bad)
-    error = fails(capsys, bad, "--search", "(", "--rare", "2", "--limit", "-1")
+    error = fails(capsys, bad, "--search", "(", "--tokens", "--rare", "2", "--limit", "-1")
     assert len(error.splitlines()) == 3 and "--search (: is no regular expression" in error
     assert "drop --tokens" in fails(capsys, bad, "--json", "--tokens")
     assert "--failed: has no reward" in fails(capsys, bad, "--failed", "--min-reward", "1")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ({"reward": math.nan}, "`reward` must be"),
+        ({"reward": math.inf}, "`reward` must be"),
+        ({"reward": 10**400}, "`reward` must be"),
+        ({"behaviour_logprobs": [None]}, "`behaviour_logprobs` holds None at index 0"),
+        ({"behaviour_logprobs": ["-1"]}, "`behaviour_logprobs` holds '-1' at index 0"),
+        ({"behaviour_logprobs": [800.0]}, "`behaviour_logprobs` holds 800.0 at index 0"),
+        ({"behaviour_logprobs": [math.nan]}, "`behaviour_logprobs` holds nan at index 0"),
+        ({"behaviour_logprobs": -0.5}, "must be lists, equally long"),
+        ({"loss_mask": [True, False]}, "must be lists, equally long"),
+        ({"response_ids": ["7"]}, "`response_ids` holds '7' at index 0"),
+        ({"response_ids": [-1]}, "`response_ids` holds -1 at index 0"),
+    ],
+)
+def test_a_damaged_line_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: dict[str, Any], told: str
+) -> None:
+    file = tmp_path / "damaged.jsonl"
+    lines = [HEADER, LINES[0], LINES[0] | damage]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert f"{file}:3: " in (error := fails(capsys, file, "--tokens")) and told in error
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"behaviour_logprobs": None, "response_ids": None}, "no tokens with log-probs"),
+        ({"behaviour_logprobs": None, "loss_mask": [True] * 3}, "no tokens with log-probs"),
+        ({"response_ids": None}, "3 tokens, mean log-prob -1.386"),
+        ({"loss_mask": [False] * 3, "behaviour_logprobs": [None] * 3}, "no tokens with log-probs"),
+        ({"loss_mask": [True, True, False], "behaviour_logprobs": [-1, -2, None]}, "-1.500"),
+        ({"answer": 42}, "answer 42"),
+    ],
+)
+def test_what_a_line_need_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, Any], shown: str
+) -> None:
+    file = tmp_path / "sparse.jsonl"
+    file.write_text(json.dumps(response("a", 0, "123", 1.0) | fields) + "\n")
+    for options in ([], ["--tokens"]):
+        for sort in ("file", "length", "logprob"):
+            assert main([str(file), "--sort", sort, "--search", "3|42", *options]) == 0
+            out = capsys.readouterr().out
+            assert "1 of 1 chosen" in out
+            assert shown in out or (not options and shown.startswith("no tokens"))
+    assert chosen(capsys, file, "--search", "^42$") == [A0][: "answer" in fields]
+
+
+def test_options_that_nothing_would_read(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--json: has long texts whole; drop --full" in fails(capsys, file, "--json", "--full")
+    assert "--rare 0.5: is read by --tokens only" in fails(capsys, file, "--rare", "0.5")
+    assert "--tokenizer d: is read by --tokens only" in fails(capsys, file, "--tokenizer", "d")
+    assert f"--step 3: {file} does not say the step" in fails(capsys, file, "--step", "3")
+    step = file.rename(file.with_name("step-000003.jsonl"))
+    assert len(chosen(capsys, step, "--step", "3")) == 4
+    samples = file.with_name("copied.jsonl")
+    samples.write_text("".join(json.dumps(LINES[n] | {"step": n}) + "\n" for n in range(4)))
+    assert chosen(capsys, samples, "--step", "2") == [B0]

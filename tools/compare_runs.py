@@ -36,17 +36,18 @@ DIFFERENT = 1
 """Exit status where the runs differ."""
 
 _STAGES = {
-    "responses": ("response_length/", "finish/", "tokens/", "staleness/", "servers/")
-    + ("dynamic_sampling/",),
+    "responses": ("response_length/", "finish/", "tokens/", "staleness/", "dynamic_sampling/"),
     "rewards": ("reward/", "advantage/"),
     "packing": ("packing/", "tflop/"),
     "scoring": ("engine_gap/",),
     "training": ("",),
+    "weight sync": ("servers/",),
     "evaluation": ("eval/",),
 }
 """What a step does, in order, by the beginnings of its numbers' names; the longest one counts."""
-_PLAIN_WIDTH = 140
-"""Columns where there is no terminal."""
+_WIDTH = 1000
+"""Columns, more than any line has: a terminal folds a long line, a table would cut the digits off
+in which two numbers differ."""
 _WITHOUT_MEANING = frozenset({"output_dir", "resume", "progress"})
 """Flags that differ between any two runs."""
 
@@ -72,11 +73,14 @@ class Compare:
 
     def problems(self) -> list[str]:
         """Values that mean nothing."""
-        return [
+        problems = [
             f"{flag(name)} {getattr(self, name)}: must be 0 or more, and finite"
             for name in ("tolerance", "absolute_tolerance")
             if not 0 <= getattr(self, name) < math.inf
         ]
+        if self.json and self.all:
+            problems.append("--json: lists all numbers that ever differ; drop --all")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -226,9 +230,7 @@ def _tell(
     found: Sequence[Difference],
 ) -> None:
     """What was found, for people."""
-    console = Console(
-        highlight=False, markup=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH
-    )
+    console = Console(highlight=False, markup=False, width=_WIDTH)
     for letter, name, each in zip("AB", asked.runs, (ours, theirs), strict=True):
         console.print(f"{letter}  {name}: {_steps(each)}", soft_wrap=True)
     learned = {name: pair for name, pair in flags.items() if name not in MAY_CHANGE}

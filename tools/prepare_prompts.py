@@ -10,23 +10,22 @@ that is not of the data set is refused (docs/data.md).
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from megatron_drpo import disk
 from megatron_drpo.cli import exit_status
 from megatron_drpo.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    import pyarrow.parquet
 
 Row = dict[str, Any]
 """A line of a data set; names of fields in lower case."""
@@ -44,6 +43,8 @@ INSTRUCTIONS = {
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".jsonl.gz")
 _PROBLEM_FIELDS = ("problem", "question", "prompt")
+_FIELDS_OF = {"gsm8k": ("question",), "math": ("problem",)}
+"""Of data sets whose files all have the same name for it: lines of others are known by that."""
 _METADATA = {"level": ("level",), "subject": ("subject", "type")}
 """What reaches rewards and rollouts files, and the fields that it is taken from."""
 _NUM_NAMED = 3
@@ -71,8 +72,8 @@ class Prepare:
     order."""
     eval_out: str | None = None
     """Receives the held-out prompts."""
-    seed: int = 1234
-    """Of the choice of --holdout."""
+    seed: int | None = None
+    """Of the choice of --holdout; by default 1234."""
     exclude: tuple[str, ...] = ()
     """Files (or directories) of problems that must not be in --out: those of the evaluation."""
 
@@ -99,6 +100,13 @@ class Prepare:
             found.append(
                 f"--holdout {self.holdout} --eval-out {self.eval_out}: give both, or neither"
             )
+        if self.seed is not None and not self.holdout:
+            found.append(
+                f"--seed {self.seed}: is of the choice of --holdout; drop it, or give both"
+            )
+        for flag, name in (("--out", self.out), ("--eval-out", self.eval_out)):
+            if name and Path(name).is_dir():
+                found.append(f"{flag} {name}: is a directory; name a file")
         outputs = [Path(name).resolve() for name in (self.out, self.eval_out) if name]
         read = {path.resolve() for name in (*self.inputs, *self.exclude) for path in files_of(name)}
         if len(set(outputs)) < len(outputs) or read & set(outputs):
@@ -137,24 +145,40 @@ def run(argv: Sequence[str]) -> None:
     found = settings.problems()
     if found:
         raise ConfigError("\n".join(found))
-    read = _Reader(settings.dataset)
-    for name in settings.inputs:
-        read.add(name)
-    kept, removed = read.problems, {"with two different answers": read.contradictory}
-    kept, removed["of --exclude"] = _without(kept, settings.exclude)
-    if settings.holdout >= len(kept):
+    read, excluded = _Reader(settings.dataset), set[str]()
+    refused = [line for name in settings.inputs for line in read.add(name)]
+    for path in [path for name in settings.exclude for path in files_of(name)]:
+        refused += read_rows(path, lambda _, row: excluded.add(_loose(problem_text(row))))
+    if refused:
+        from megatron_drpo.prompts import raise_problems
+
+        raise_problems(refused)
+    kept, of_exclude = _apart(read.problems, excluded)
+    order = _order(1234 if settings.seed is None else settings.seed)
+    chosen = {problem.key for problem in sorted(kept, key=order)[: settings.holdout]}
+    held = [problem for problem in kept if problem.key in chosen]
+    rest = [problem for problem in kept if problem.key not in chosen]
+    rest, like_held = _apart(rest, {_loose(problem.text) for problem in held})
+    if not rest:
         raise DataError(
-            f"--holdout {settings.holdout}: {len(kept)} problems are left of --inputs, and --out "
-            "must get at least one; hold out or exclude less"
+            f"--holdout {settings.holdout}: {len(kept)} problems are left of --inputs, "
+            f"{len(like_held)} of them like a held-out one, and --out must get at least one; hold "
+            "out or exclude less"
         )
+    outputs = {settings.out: rest}
+    if settings.eval_out is not None:
+        outputs[settings.eval_out] = held
+    _write({name: _lines(settings, problems) for name, problems in outputs.items()})
     print(f"{read.num_rows} lines, {read.num_repeated} of them repeat an earlier one")
-    for reason, problems in removed.items():
+    for reason, problems in (
+        ("with two different answers", read.contradictory),
+        ("of --exclude", of_exclude),
+        ("like a held-out one", like_held),
+    ):
         if problems:
             print(f"{len(problems)} {reason} left out: {_named(problems)}")
-    held = {id(problem) for problem in sorted(kept, key=_order(settings.seed))[: settings.holdout]}
-    _write(settings, settings.out, [problem for problem in kept if id(problem) not in held])
-    if settings.eval_out is not None:
-        _write(settings, settings.eval_out, [problem for problem in kept if id(problem) in held])
+    for name, problems in outputs.items():
+        print(f"{name}: {len(problems)} prompts")
 
 
 # --- Reading ------------------------------------------------------------------------------------
@@ -169,19 +193,17 @@ class _Reader:
         self._contradictory: dict[str, Problem] = {}
         self.num_rows = self.num_repeated = 0
 
-    def add(self, name: str) -> None:
-        """Read a file, or the files of a directory.
-
-        Raises:
-            DataError: FILE:LINE of everything that cannot be used.
-        """
+    def add(self, name: str) -> list[str]:
+        """Read a file, or the files of a directory; what cannot be used of them (`read_rows`)."""
+        refused = []
         for path in files_of(name):
             shown = path.name if path == Path(name) else str(path.relative_to(name))
 
             def take(number: int, row: Row, shown: str = shown) -> None:
                 self._take(parse_problem(self._dataset, row, f"{shown}:{number}"))
 
-            read_rows(path, take)
+            refused += read_rows(path, take)
+        return refused
 
     def _take(self, problem: Problem) -> None:
         self.num_rows += 1
@@ -221,63 +243,66 @@ def files_of(name: str) -> list[Path]:
     return found
 
 
-def read_rows(path: Path, take: Callable[[int, Row], None]) -> None:
+def read_rows(path: Path, take: Callable[[int, Row], None]) -> list[str]:
     """Call `take` with the number and the fields of each line (JSONL), or of each row (a JSON
     array or object, Parquet), counted from 1.
 
-    Raises:
-        DataError: the file cannot be read, or FILE:LINE of each row that `take` raised it for.
+    Returns:
+        What cannot be used, for `raise_problems`: `FILE:LINE: ...` of each line that is no object
+        or that `take` raised a DataError for, `FILE: ...` where the file cannot be read.
     """
-    from megatron_drpo.prompts import raise_problems, read_jsonl
-
-    def lowered(row: Row) -> Row:
-        return {str(name).lower(): value for name, value in row.items()}
-
+    refused, number = [], 0
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    if magic == b"PAR1":
-        rows = _parquet_rows(path)
+        for number, value in _values(path):
+            try:
+                row = _parsed(value) if isinstance(value, bytes) else value
+                if not isinstance(row, dict):
+                    raise DataError("must be a JSON object with the fields of a problem")
+                take(number, {str(name).lower(): field for name, field in row.items()})
+            except DataError as error:
+                refused.append(f"{path}:{number}: {error}")
+    except (OSError, EOFError, zlib.error) as error:
+        refused.append(f"{path}: cannot be read ({error}); copy it again")
+    except DataError as error:
+        refused.append(f"{path}: {error}")
     else:
-        rows = _json_rows(path) if path.suffix == ".json" else None
-    if rows is None:
-        read_jsonl(path, lambda number, row: take(number, lowered(row)), "problems (--inputs)")
+        if not number:
+            refused.append(f"{path}: is empty")
+    return refused
+
+
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Numbers and rows of a file; lines of JSONL as bytes, for one of them may be malformed."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"PAR1":
+        yield from enumerate(_parquet_rows(path), start=1)
         return
-    problems, number = [], 0
-    for number, row in enumerate(rows, start=1):
+    if path.suffix == ".json":
         try:
-            if not isinstance(row, dict):
-                raise DataError("must be a JSON object with the fields of a problem")
-            take(number, lowered(row))
-        except DataError as error:
-            problems.append(f"{path}:{number}: {error}")
-    raise_problems(problems)
-    if not number:
-        raise DataError(f"{path}: is empty")
+            value = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError:
+            pass  # may be JSONL of that name; if not, the line is named
+        else:
+            yield from enumerate(value if isinstance(value, list) else [value], start=1)
+            return
+    with gzip.open(path) if magic.startswith(b"\x1f\x8b") else path.open("rb") as file:
+        yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
 
 
-def _json_rows(path: Path) -> Iterator[Any] | None:
-    """Elements of an array, or the one object; None for what may be JSONL of another name."""
+def _parsed(line: bytes) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError:
-        return None  # read_jsonl names the line
-    return iter(value if isinstance(value, list) else [value])
+        return json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"malformed JSON in column {error.colno}: {error.msg}; each line must be one object"
+        ) from error
+    except ValueError as error:  # not UTF-8, or an absurdly long integer
+        raise DataError(f"malformed JSON: {error}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     """Rows of a Parquet file, those columns only that are read."""
-    file = _open_parquet(path)
-    wanted = {*_PROBLEM_FIELDS, "answer", "solution", "reward_model"}
-    wanted.update(name for names in _METADATA.values() for name in names)
-    columns = [name for name in file.schema_arrow.names if name.lower() in wanted]
-    for batch in file.iter_batches(batch_size=4096, columns=columns):
-        yield from batch.to_pylist()
-
-
-def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -286,10 +311,15 @@ def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
             f"{path}: is a Parquet file, which is read with pyarrow; install it: "
             "python -m pip install pyarrow"
         ) from error
+    wanted = {*_PROBLEM_FIELDS, "answer", "solution", "reward_model"}
+    wanted.update(name for names in _METADATA.values() for name in names)
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error}); copy it again") from error
+        file = pyarrow.parquet.ParquetFile(path)
+        columns = [name for name in file.schema_arrow.names if name.lower() in wanted]
+        for batch in file.iter_batches(batch_size=4096, columns=columns):
+            yield from batch.to_pylist()
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot be read as Parquet ({error}); copy it again") from error
 
 
 # --- What the data sets look like ---------------------------------------------------------------
@@ -301,20 +331,21 @@ def parse_problem(dataset: str, row: Row, source: str) -> Problem:
     Raises:
         DataError: it is not of that data set.
     """
-    text = problem_text(row)
+    text = problem_text(row, _FIELDS_OF.get(dataset, _PROBLEM_FIELDS))
     metadata = {
         name: row[field] for name, fields in _METADATA.items() for field in fields if row.get(field)
     }
     return Problem(text, _ANSWERS[dataset](row), source, metadata)
 
 
-def problem_text(row: Row) -> str:
-    """The bare problem, without the words that DAPO-Math-17k puts around it.
+def problem_text(row: Row, fields: Sequence[str] = _PROBLEM_FIELDS) -> str:
+    """The bare problem, of the first of these fields that is there, without the words that
+    DAPO-Math-17k puts around it.
 
     Raises:
         DataError: there is none, or it cannot be told from its instruction.
     """
-    name = next((name for name in _PROBLEM_FIELDS if row.get(name)), None)
+    name = next((name for name in fields if row.get(name)), None)
     value = None if name is None else row[name]
     messages = isinstance(value, list)
     if messages:
@@ -322,8 +353,9 @@ def problem_text(row: Row) -> str:
         value = users[0] if len(value) == len(users) == 1 else None
     if not isinstance(value, str) or not value.strip():
         raise DataError(
-            f"found no text of a problem; one of {', '.join(_PROBLEM_FIELDS)} must hold it (of "
-            f"chat messages, only a single one of a user can be used); there is {_fields(row)}"
+            f"found no text of a problem; {' or '.join(f'`{field}`' for field in fields)} must "
+            f"hold it (of chat messages, only a single one of a user can be used); there is "
+            f"{_fields(row)}; if this is another data set, name that one"
         )
     text = value.strip()
     before, after = INSTRUCTIONS["dapo"].split("{problem}")
@@ -341,9 +373,9 @@ def problem_text(row: Row) -> str:
 
 def boxed(solution: str) -> str | None:
     r"""What stands in the last \boxed{...} or \fbox{...} of a solution, or after a \boxed without
-    braces; None without any or where braces do not match."""
-    found = list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|[^\s${}\\]+)", solution))
-    if not found:
+    braces; None without any, where braces do not match, or where a command follows instead."""
+    found = list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{|[^\s${}\\]+)?", solution))
+    if not found or found[-1][1] is None:
         return None
     last = found[-1]
     if last[1] != "{":
@@ -389,6 +421,16 @@ def _answer_math(row: Row) -> str:
 
 
 def _answer_dapo(row: Row) -> str:
+    answer = _stated_answer(row)
+    if "####" in answer or "\\boxed" in answer:
+        raise DataError(
+            f"the answer is a whole solution, ...{answer[-40:]!r}; name the data set that this is: "
+            "gsm8k has `####` before the answer, math has it in \\boxed{}"
+        )
+    return answer
+
+
+def _stated_answer(row: Row) -> str:
     graded = row.get("reward_model")
     truth = graded.get("ground_truth") if isinstance(graded, dict) else None
     if isinstance(truth, list) and len(truth) == 1:
@@ -403,7 +445,7 @@ def _answer_dapo(row: Row) -> str:
 
 
 def _answer_aime(row: Row) -> str:
-    answer = _answer_dapo({name: value for name, value in row.items() if name != "solution"})
+    answer = _stated_answer({name: value for name, value in row.items() if name != "solution"})
     whole = re.fullmatch(r"0*(\d{1,3})(\.0+)?", answer)
     if not whole:
         raise DataError(f"`answer` {answer!r}: an answer of AIME is a whole number from 0 to 999")
@@ -432,23 +474,22 @@ def _fields(row: Row) -> str:
 # --- What is left out, and writing --------------------------------------------------------------
 
 
-def _without(problems: list[Problem], names: Sequence[str]) -> tuple[list[Problem], list[Problem]]:
-    """The problems that are not in these files, and those that are.
-
-    Compared are letters and digits only: a copy is often set with other signs, and a problem too
-    many that is left out does no harm.
-    """
-    excluded: set[str] = set()
-    for name in names:
-        for path in files_of(name):
-            read_rows(path, lambda number, row: excluded.add(_loose(problem_text(row))))
-    inside = [_loose(problem.text) in excluded for problem in problems]
-    pairs = list(zip(problems, inside, strict=True))
-    return [p for p, found in pairs if not found], [p for p, found in pairs if found]
+def _apart(problems: list[Problem], others: set[str]) -> tuple[list[Problem], list[Problem]]:
+    """The problems that are not among these texts (of `_loose`), and those that are."""
+    inside = [problem for problem in problems if _loose(problem.text) in others]
+    keys = {problem.key for problem in inside}
+    return [problem for problem in problems if problem.key not in keys], inside
 
 
 def _loose(text: str) -> str:
-    return re.sub(r"[\W_]+", "", text).casefold()
+    r"""Letters and digits outside of LaTeX commands: a copy is often set with other signs and
+    commands, and a problem too many that is left out does no harm.
+
+    Where nothing else is there, the text itself: without it, all such would be one. The first
+    alternative is a line break, whose second backslash does not begin a command.
+    """
+    dropped = r"\\\\|\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|[\W_]"
+    return (re.sub(dropped, "", text) or "".join(text.split())).casefold()
 
 
 def _order(seed: int) -> Callable[[Problem], str]:
@@ -478,15 +519,33 @@ def prompt_line(settings: Prepare, problem: Problem) -> Row:
     }
 
 
-def _write(settings: Prepare, name: str, problems: Sequence[Problem]) -> None:
-    lines = [json.dumps(prompt_line(settings, p), ensure_ascii=False) + "\n" for p in problems]
-    path = Path(name)
+def _lines(settings: Prepare, problems: Sequence[Problem]) -> str:
+    return "".join(
+        json.dumps(prompt_line(settings, problem), ensure_ascii=False) + "\n"
+        for problem in problems
+    )
+
+
+def _write(texts: Mapping[str, str]) -> None:
+    """Write these files, or none of them: each is on the disk before the first gets its name.
+
+    Raises:
+        DataError: one of them cannot be written.
+    """
+    ready: dict[str, Path] = {}
+    name = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        disk.write_atomically(path, "".join(lines))
+        for name, text in texts.items():
+            path = Path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            disk.write_atomically(new := path.with_name(path.name + ".new"), text)
+            ready[name] = new
+        for name, new in ready.items():
+            new.replace(name)
     except OSError as error:
+        for new in ready.values():
+            new.unlink(missing_ok=True)
         raise DataError(f"{name}: cannot be written ({error.strerror}); write elsewhere") from error
-    print(f"{name}: {len(lines)} prompts")
 
 
 if __name__ == "__main__":

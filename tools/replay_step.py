@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
     from megatron_drpo.preflight import preflight
 
     inputs = preflight(config, world_size, rank, replay=source.rollouts)
-    done = replay.replay(config, inputs, source)
+    done = replay.replay(config, inputs, source, with_tokens=asked.tokens is not None)
     if rank == 0:
         print("\n".join(_lines(source, rest, logged, done)), flush=True)
         if asked.tokens is not None:
@@ -129,10 +129,13 @@ def _lines(
     equal = sum(number.equal for number in compared)
     told = f"{equal} of {len(compared)} numbers are equal bit for bit"
     if equal < len(compared):
-        named = [number for number in compared if number.name in ("loss", "grad_norm")]
-        told += "; relative difference of " + ", of ".join(
-            f"{number.name} {number.difference:.1e}" for number in named
-        )
+        named = [
+            f"{number.name} {number.difference:.1e}"
+            for number in compared
+            if number.name in ("loss", "grad_norm") and not number.equal
+        ]
+        if named:
+            told += f"; relative difference of {', of '.join(named)}"
     lines.append(told if compared else "the run has not logged this step")
     others = sorted(logged.keys() - done.scalars.keys())
     if others:
@@ -142,12 +145,16 @@ def _lines(
 
 def _write(file: Path, tokens: Sequence[Mapping[str, Any]]) -> None:
     finite = (
-        # JSON has no number for a ratio of more than 709 nats.
-        {name: None if value in (math.inf, -math.inf) else value for name, value in row.items()}
+        # JSON has no number for a ratio of more than 709 nats, nor for one that is undefined.
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
         for row in tokens
     )
+    lines = (json.dumps(row, allow_nan=False) + "\n" for row in finite)
     with disk.users_errors(f"--tokens {file}", "replay again"):
-        disk.write_atomically(file, "".join(json.dumps(row) + "\n" for row in finite))
+        disk.write_atomically(file, "".join(lines))
     print(f"{len(tokens)} tokens: {file}")
 
 

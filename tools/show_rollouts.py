@@ -10,12 +10,13 @@ token and marks the improbable ones; `--json` prints the lines themselves for ot
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,8 @@ from rich.text import Text
 
 from megatron_drpo.cli import exit_status
 from megatron_drpo.errors import ConfigError, DataError
-from megatron_drpo.prompts import load_tokenizer, read_jsonl
+from megatron_drpo.prompts import load_tokenizer, parse_lines, read_lines
+from megatron_drpo.rollout.files import complete_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +39,10 @@ _PLAIN_WIDTH = 120
 """Columns where there is no terminal."""
 _TEXT = 600
 """Characters of a text that are shown without --full."""
+_PER_TOKEN = ("response_ids", "behaviour_logprobs", "loss_mask")
+"""Fields of a line that have one value per token of the response."""
+_IDS = 1 << 31
+"""More token ids than any tokenizer has."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Show:
     path: tyro.conf.Positional[tuple[str, ...]]
     """Runs, rollouts files, directories of them, or samples.jsonl."""
     step: int | None = None
-    """Of a run: this step only."""
+    """Of a run or of samples.jsonl: this step only."""
     min_reward: float | None = None
     """Rewards of at least this."""
     max_reward: float | None = None
@@ -96,6 +102,13 @@ class Show:
             problems.append("--failed: has no reward to compare with --min-reward, --max-reward")
         if self.json and self.tokens:
             problems.append("--json: has every token's log-prob as it is; drop --tokens")
+        if self.json and self.full:
+            problems.append("--json: has long texts whole; drop --full")
+        problems += [
+            f"--{name} {getattr(self, name)}: is read by --tokens only; give that, or drop it"
+            for name in ("rare", "tokenizer")
+            if not self.tokens and getattr(self, name) != getattr(Show, name)
+        ]
         return problems
 
 
@@ -123,14 +136,20 @@ class Response:
     @property
     def logprobs(self) -> list[float]:
         """Of the tokens that the policy wrote; none in samples.jsonl."""
-        values = self.line.get("behaviour_logprobs", [])
-        mask = self.line.get("loss_mask") or [True] * len(values)
-        return [float(value) for value, own in zip(values, mask, strict=True) if own]
+        values = self.line.get("behaviour_logprobs") or []
+        # A mask alone has nothing to say.
+        return [float(value) for value, own in zip(values, self.mask, strict=False) if own]
+
+    @property
+    def mask(self) -> list[bool]:
+        """Which tokens the policy wrote."""
+        return self.line.get("loss_mask") or [True] * self.length
 
     @property
     def length(self) -> int:
         """Tokens, or in samples.jsonl, which has none, characters."""
-        return len(self.line.get("response_ids", self.line["response"]))
+        lists = (self.line.get(name) for name in _PER_TOKEN)
+        return len(next((each for each in lists if each is not None), self.line["response"]))
 
     @property
     def mean_logprob(self) -> float:
@@ -139,6 +158,19 @@ class Response:
     @property
     def lowest_logprob(self) -> float:
         return min(self.logprobs, default=math.nan)
+
+
+@dataclass
+class Seen:
+    """What is kept of all responses: themselves they need not fit into memory."""
+
+    laws: dict[str, None] = field(default_factory=dict)
+    """What files have in common, by their headers; each once."""
+    rewards: list[float] = field(default_factory=list)
+    """Those that there are and that did not fail."""
+    num_responses: int = 0
+    num_chosen: int = 0
+    """Of these, how many the filters let through."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,10 +188,9 @@ def run(argv: Sequence[str]) -> None:
     problems = asked.problems()
     if problems:
         raise ConfigError("\n".join(problems))
-    headers: list[tuple[Path, dict[str, Any]]] = []
-    every = [each for path in asked.path for each in read(Path(path), asked.step, headers)]
-    chosen = select(every, asked)
-    shown = chosen[: asked.limit or None]
+    seen = Seen()
+    every = (each for path in asked.path for each in read(Path(path), asked.step, seen))
+    shown = select(every, asked, seen)
     if asked.json:
         for each in shown:
             print(json.dumps({"file": str(each.file), "line": each.number} | each.line))
@@ -167,52 +198,96 @@ def run(argv: Sequence[str]) -> None:
     console = Console(
         highlight=False, markup=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH
     )
-    _Page(console, asked, every).show(shown, headers, len(chosen))
+    _Page(console, asked, seen).show(shown)
 
 
 # Reading.
 
 
-def read(
-    path: Path, step: int | None, headers: list[tuple[Path, dict[str, Any]]]
-) -> Iterator[Response]:
-    """The responses of what a path names, in order; the headers of its files go to `headers`.
+def read(path: Path, step: int | None, seen: Seen) -> Iterator[Response]:
+    """The responses of what a path names, in order, one at a time in memory.
 
     Less is asked of a line than training asks: only what is shown has to be there.
 
+    Args:
+        seen: receives what the headers of the files say, and what all responses come to.
+
     Raises:
-        DataError: there is nothing to read, or a line is damaged.
+        DataError: there is nothing to read, or a line is damaged, or does not say its step.
     """
     for file in _files(path, step):
 
         def parse(number: int, line: dict[str, Any], file: Path = file) -> Response | None:
             if "rollouts" in line and number == 1:
-                headers.append((file, line))
+                seen.laws[_law(line)] = None
                 return None
             return _checked(Response(file, number, line))
 
-        for each in read_jsonl(file, parse, "rollouts or samples"):
-            if each is not None and (step is None or each.line.get("step", step) == step):
+        for each in parse_lines(file, _lines(file), parse):
+            if each is not None and (step is None or _is_of(each, step)):
+                seen.num_responses += 1
+                if each.reward is not None and not math.isnan(each.reward):
+                    seen.rewards.append(each.reward)
                 yield each
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """Of a file that is being written, or whose writer was killed, those that are complete."""
+    if not (file.name.endswith(".partial") or file.name == "samples.jsonl"):
+        yield from read_lines(file, "rollouts or samples")
+        return
+    try:
+        with file.open("rb") as opened:
+            for _, line in complete_lines(opened):
+                yield line
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; give a file that can be read") from error
+
+
+def _is_of(each: Response, step: int) -> bool:
+    if each.file.name == _name(step):
+        return True
+    if "step" not in each.line:
+        raise DataError(
+            f"--step {step}: {each.file} does not say the step of its responses; give the run, or "
+            "drop --step"
+        )
+    return each.line["step"] == step
+
+
+def _name(step: int) -> str:
+    """Of a step's rollouts in a run."""
+    return f"step-{step:06d}.jsonl"
 
 
 def _checked(response: Response) -> Response:
     """DataError if the line is no response."""
-    line, texts = response.line, ("prompt", "response")
-    for name in texts:
+    line = response.line
+    for name in ("prompt", "response"):
         if not isinstance(line.get(name), str):
             raise DataError(f"`{name}` must be text; this is neither a rollout nor a sample")
     reward = line.get("reward")
-    if reward is not None and (isinstance(reward, bool) or not isinstance(reward, int | float)):
+    # NaN and infinity, which Python's reader takes, fail the comparison.
+    if reward is not None and not (_is_number(reward) and abs(reward) <= sys.float_info.max):
         raise DataError("`reward` must be a number, or null where it failed")
-    ids, logprobs = line.get("response_ids"), line.get("behaviour_logprobs")
-    mask = line.get("loss_mask")
-    lists = [value for value in (ids, logprobs, mask) if value is not None]
+    lists = [value for name in _PER_TOKEN if (value := line.get(name)) is not None]
     if not all(isinstance(value, list) for value in lists) or len({*map(len, lists)}) > 1:
-        raise DataError(
-            "`response_ids`, `behaviour_logprobs` and `loss_mask` must be lists, equally long"
-        )
+        raise DataError(f"`{'`, `'.join(_PER_TOKEN)}` must be lists, equally long")
+    for index, value in enumerate(line.get("response_ids") or ()):
+        if type(value) is not int or not 0 <= value < _IDS:
+            raise DataError(f"`response_ids` holds {value!r:.40} at index {index}; give token ids")
+    logprobs = line.get("behaviour_logprobs") or ()
+    for index, (value, own) in enumerate(zip(logprobs, response.mask, strict=False)):
+        if own and not (_is_number(value) and -sys.float_info.max <= value <= 0):
+            raise DataError(
+                f"`behaviour_logprobs` holds {value!r:.40} at index {index}; the log-prob of a "
+                "token that the policy wrote is a number, at most 0"
+            )
     return response
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def _files(path: Path, step: int | None) -> list[Path]:
@@ -235,7 +310,7 @@ def _files_of_run(run: Path, step: int | None) -> list[Path]:
     """A run's saved rollouts, else the samples that it logged."""
     saved = sorted((run / "rollouts").glob("step-*.jsonl"))
     if step is not None and saved:
-        saved = [file for file in saved if file.name == f"step-{step:06d}.jsonl"]
+        saved = [file for file in saved if file.name == _name(step)]
         if not saved:
             raise DataError(f"--step {step}: {run}/rollouts has no rollouts of this step")
     samples = run / "samples.jsonl"
@@ -250,8 +325,26 @@ def _files_of_run(run: Path, step: int | None) -> list[Path]:
 # Choosing.
 
 
-def select(responses: Sequence[Response], asked: Show) -> list[Response]:
-    """The responses that are asked for, in the order that is asked for."""
+def select(responses: Iterable[Response], asked: Show, seen: Seen) -> list[Response]:
+    """The responses that are asked for, in the order that is asked for, up to the limit.
+
+    Reads all, and keeps no more than the limit. `seen` receives how many there were to choose from.
+    """
+    wanted, key = _filter(asked), _order(asked)
+
+    def chosen() -> Iterator[tuple[int, Response]]:
+        for each in filter(wanted, responses):
+            seen.num_chosen += 1
+            yield seen.num_chosen, each
+
+    # Both leave what is equal in the order of the file.
+    pairs = (
+        heapq.nsmallest(asked.limit, chosen(), key) if asked.limit else sorted(chosen(), key=key)
+    )
+    return [each for _, each in pairs]
+
+
+def _filter(asked: Show) -> Callable[[Response], bool]:
     search = None
     if asked.search is not None:
         capitals = asked.search != asked.search.lower()
@@ -260,7 +353,8 @@ def select(responses: Sequence[Response], asked: Show) -> list[Response]:
 
     def wanted(each: Response) -> bool:
         line, reward = each.line, each.reward
-        texts = (line["prompt"], line["response"], line.get("answer") or "")
+        answer = line.get("answer")
+        texts = (line["prompt"], line["response"], "" if answer is None else str(answer))
         known = math.nan if reward is None else reward
         return (
             (low is None or known >= low)
@@ -271,64 +365,65 @@ def select(responses: Sequence[Response], asked: Show) -> list[Response]:
             and (search is None or any(search.search(text) for text in texts))
         )
 
-    keys: dict[str, Callable[[Response], float | None]] = {
-        "reward": lambda each: each.reward,
-        "length": lambda each: each.length,
-        "logprob": lambda each: each.mean_logprob,
-        "lowest": lambda each: each.lowest_logprob,
+    return wanted
+
+
+def _order(asked: Show) -> Callable[[tuple[int, Response]], tuple[bool, float]]:
+    """What (place in the file, response) is sorted by."""
+    keys: dict[Sort, Callable[[int, Response], float | None]] = {
+        "file": lambda place, each: place,
+        "reward": lambda place, each: each.reward,
+        "length": lambda place, each: each.length,
+        "logprob": lambda place, each: each.mean_logprob,
+        "lowest": lambda place, each: each.lowest_logprob,
     }
-    chosen = [each for each in responses if wanted(each)]
-    if asked.sort == "file":
-        return chosen[::-1] if asked.reverse else chosen
-    key = keys[asked.sort]
-    numbers = [(math.nan if (value := key(each)) is None else value) for each in chosen]
-    # What has no number comes last either way.
-    known = [pair for pair in zip(numbers, chosen, strict=True) if not math.isnan(pair[0])]
-    unknown = [each for value, each in zip(numbers, chosen, strict=True) if math.isnan(value)]
-    known.sort(key=lambda pair: pair[0], reverse=asked.reverse)
-    return [each for _, each in known] + unknown
+
+    def key(pair: tuple[int, Response]) -> tuple[bool, float]:
+        value = keys[asked.sort](*pair)
+        # What has no number comes last either way.
+        if value is None or math.isnan(value):
+            return True, 0.0
+        return False, -value if asked.reverse else value
+
+    return key
 
 
 # Showing.
 
 
 def visible(text: str) -> str:
-    """The text with control characters spelt out: what a model writes must not command a terminal.
+    """The text with control characters spelt out: what a file holds must not command a terminal.
 
-    Line feeds and tabs stay.
+    So are halves of surrogate pairs, which JSON can hold and no terminal takes. Line feeds and tabs
+    stay.
     """
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    controls = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+    return re.sub(controls, lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class _Page:
     """What is printed; colours are those of rewards between the lowest and the highest read."""
 
-    def __init__(self, console: Console, asked: Show, every: Sequence[Response]) -> None:
-        self.console, self.asked, self.every = console, asked, every
-        known = [r for each in every if (r := each.reward) is not None and not math.isnan(r)]
-        self.low, self.high = min(known, default=0.0), max(known, default=0.0)
-        self.mean = sum(known) / len(known) if known else None
+    def __init__(self, console: Console, asked: Show, seen: Seen) -> None:
+        self.console, self.asked, self.seen = console, asked, seen
+        self.low, self.high = min(seen.rewards, default=0.0), max(seen.rewards, default=0.0)
         self._tokenizers: dict[Path, PreTrainedTokenizerBase | None] = {}
 
-    def show(
-        self,
-        shown: Sequence[Response],
-        headers: Sequence[tuple[Path, dict[str, Any]]],
-        num_chosen: int,
-    ) -> None:
-        for law in dict.fromkeys(_law(header) for _, header in headers):
+    def show(self, shown: Sequence[Response]) -> None:
+        seen = self.seen
+        for law in seen.laws:
             self._print(law, "dim")
         for each in shown:
             self._response(each)
-        worth = "" if self.mean is None else f", mean reward of all {self.mean:.4g}"
-        self._print(
-            f"\n{len(shown)} of {num_chosen} chosen, of {len(self.every)} responses{worth}", "dim"
-        )
+        told = f"{len(shown)} of {seen.num_chosen} chosen, of {seen.num_responses} responses"
+        if seen.rewards:
+            told += f", mean reward of all {sum(seen.rewards) / len(seen.rewards):.4g}"
+        self._print(f"\n{told}", "dim")
 
     def _response(self, each: Response) -> None:
         line = each.line
         self.console.rule(style="dim")
-        head = Text(f"{each.file}:{each.number}", style="dim")
+        head = Text(visible(f"{each.file}:{each.number}"), style="dim")
         for name, start in (("step", "step "), ("id", ""), ("sample", "sample ")):
             if name in line:
                 head.append(f"  {start}{visible(str(line[name]))}", style="bold")
@@ -340,17 +435,20 @@ class _Page:
             facts.append(f"  answer {visible(str(line['answer']))}")
         if "finish_reason" in line:
             cut = line["finish_reason"] == "length"
-            facts.append(f"  {line['finish_reason']}", style="yellow" if cut else "")
+            facts.append(f"  {visible(str(line['finish_reason']))}", "yellow" if cut else "")
         if each.logprobs:
             facts.append(
                 f"  {each.length} tokens, mean log-prob {each.mean_logprob:.3f}, "
                 f"lowest {each.lowest_logprob:.3f}"
             )
         if "policy_version" in line:
-            facts.append(f"  policy version {line['policy_version']}", style="dim")
+            facts.append(f"  policy version {visible(str(line['policy_version']))}", "dim")
+        tokens = bool(each.logprobs) and line.get("response_ids") is not None
+        if self.asked.tokens and not tokens:
+            facts.append("  no tokens with log-probs", "dim")
         self.console.print(facts, soft_wrap=True)
         self._print(self._text(line["prompt"]), "cyan")
-        if self.asked.tokens and each.logprobs:
+        if self.asked.tokens and tokens:
             self._tokens(each)
         else:
             self._print(self._text(line["response"]), "")
@@ -358,7 +456,6 @@ class _Page:
     def _tokens(self, each: Response) -> None:
         line = each.line
         ids, values = line["response_ids"], line["behaviour_logprobs"]
-        mask = line.get("loss_mask") or [True] * len(ids)
         tokenizer = self._tokenizer(each.file)
         texts = [""] * len(ids)
         if tokenizer is not None:
@@ -366,7 +463,7 @@ class _Page:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for title in ("token", "id", "text", "log-prob", "prob", ""):
             table.add_column(title, justify="left" if title in ("text", "") else "right")
-        rows = zip(ids, texts, values, mask, strict=True)
+        rows = zip(ids, texts, values, each.mask, strict=True)
         for number, (token, text, value, own) in enumerate(rows):
             start, style = [str(number), str(token), text], ""
             if own:

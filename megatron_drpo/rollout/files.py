@@ -298,7 +298,7 @@ class RolloutWriter:
         """Where the last whole group ends, in bytes; fills `done`."""
         self._file.seek(0)
         end, count, name = 0, 0, None
-        for number, (place, line) in enumerate(_complete_lines(self._file), start=1):
+        for number, (place, line) in enumerate(complete_lines(self._file), start=1):
             try:
                 value = json.loads(line)
                 if number == 1:
@@ -319,7 +319,7 @@ class RolloutWriter:
         return end
 
 
-def _complete_lines(file: Any) -> Iterator[tuple[int, bytes]]:
+def complete_lines(file: Any) -> Iterator[tuple[int, bytes]]:
     """(where the file may be cut behind it, line) of a file's lines, up to one that is torn.
 
     Of a compressed file, the lines of whole gzip members.
