@@ -51,7 +51,8 @@ MEGATRON_LM = (
 )
 SLIME = ("--colocate", "--log-probs-chunk-size")
 CLUSTERS = (
-    *("--gpus", "--ipc", "--ulimit", "--shm-size", "--rm", "--build-arg", "--user"),  # docker
+    *("--gpus", "--ipc", "--ulimit", "--shm-size", "--rm"),
+    *("--build-arg", "--user", "--start-interval"),  # docker
     *("--signal", "--requeue", "--nodes", "--ntasks", "--ntasks-per-node", "--gres", "--time"),
     *("--container-image", "--container-mounts", "--container-workdir", "--export"),
     "--cpu-bind",  # Slurm
