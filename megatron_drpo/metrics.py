@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from megatron_drpo.dashboard import custom_scalars
 from megatron_drpo.disk import write_atomically
 from megatron_drpo.errors import DataError
 from megatron_drpo.types import Trajectory
+
+Sample = TypeVar("Sample")
 
 logger = logging.getLogger(__name__)
 
@@ -530,28 +532,34 @@ class MetricsWriter:
 
 
 def worst_and_best(
-    trajectories: Sequence[Trajectory], count: int = 3
-) -> tuple[list[Trajectory], list[Trajectory]]:
+    samples: Sequence[Sample],
+    count: int = 3,
+    *,
+    reward: Callable[[Any], float] = lambda t: t.reward,
+    prompt: Callable[[Any], str] = lambda t: t.rollout.prompt.id,
+) -> tuple[list[Sample], list[Sample]]:
     """Samples to look at: of the lowest and of the highest reward, both from the extreme inwards.
 
     Args:
-        trajectories: rewards are finite.
+        samples: trajectories, or whatever `reward` and `prompt` know.
         count: at most so many of either.
+        reward: of a sample; finite.
+        prompt: what the samples of one prompt have in common.
 
     Returns:
         Neither has two samples of one prompt. The worst have less reward than any of the best, so
         there are none where all rewards are equal.
     """
-    ranked = sorted(trajectories, key=lambda t: t.reward)
-    best = _one_per_prompt(reversed(ranked), count)
-    return _one_per_prompt((t for t in ranked if t.reward < best[-1].reward), count), best
 
+    def one_per_prompt(ordered: Iterable[Sample]) -> list[Sample]:
+        chosen: dict[str, Sample] = {}
+        for sample in ordered:
+            chosen.setdefault(prompt(sample), sample)
+        return list(chosen.values())[:count]
 
-def _one_per_prompt(trajectories: Iterable[Trajectory], count: int) -> list[Trajectory]:
-    chosen: dict[str, Trajectory] = {}
-    for t in trajectories:
-        chosen.setdefault(t.rollout.prompt.id, t)
-    return list(chosen.values())[:count]
+    ranked = sorted(samples, key=reward)
+    best = one_per_prompt(reversed(ranked))
+    return one_per_prompt(s for s in ranked if reward(s) < reward(best[-1])), best
 
 
 def _sample_markdown(t: Trajectory) -> str:

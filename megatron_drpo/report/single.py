@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from megatron_drpo.config import flag
+from megatron_drpo.metrics import worst_and_best
 from megatron_drpo.report.facts import facts
 from megatron_drpo.report.page import number, page, row, save, setting, two_columns
 from megatron_drpo.report.plots import pictures
@@ -50,14 +51,15 @@ def _clip(text: str) -> str:
 def _samples(run: Run) -> str:
     """The worst and the best of the last step that has samples."""
     last = max((s["step"] for s in run.samples), default=None)
-    ranked = sorted(
-        (s for s in run.samples if s["step"] == last and s.get("reward") is not None),
-        key=lambda s: s["reward"],
-    )
-    if not ranked:
+    judged = [s for s in run.samples if s["step"] == last and s.get("reward") is not None]
+    if not judged:
         return ""
-    best = _one_per_prompt(reversed(ranked))
-    worst = _one_per_prompt(s for s in ranked if s["reward"] < best[-1]["reward"])
+    worst, best = worst_and_best(
+        judged,
+        NUM_SAMPLES,
+        reward=lambda sample: sample["reward"],
+        prompt=lambda sample: str(sample.get("prompt")),
+    )
     columns = []
     for title, samples in (("Best", best), ("Worst", worst)):
         column = ""
@@ -71,14 +73,6 @@ def _samples(run: Run) -> str:
             )
         columns.append(f"<div>{column}</div>")
     return f'<h2>Samples of step {last}</h2><div class="grid">{"".join(columns)}</div>'
-
-
-def _one_per_prompt(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first NUM_SAMPLES, no prompt twice."""
-    chosen: dict[str, dict[str, Any]] = {}
-    for s in samples:
-        chosen.setdefault(str(s.get("prompt")), s)
-    return list(chosen.values())[:NUM_SAMPLES]
 
 
 def render(run: Run) -> str:
