@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_drpo.arguments import parse_over
-from megatron_drpo.checkpoint.resume import STATE
+from megatron_drpo.checkpoint.resume import STATE, step_name
 from megatron_drpo.config import (
     AdvantageConfig,
     Config,
@@ -36,7 +36,8 @@ from megatron_drpo.config import (
 )
 from megatron_drpo.dashboard import is_measurement
 from megatron_drpo.errors import ConfigError, DataError
-from megatron_drpo.metrics import read_jsonl
+from megatron_drpo.report.run import read_metrics
+from megatron_drpo.rollout.files import step_file
 
 if TYPE_CHECKING:
     from megatron_drpo.mcore.parallel import Layout
@@ -104,8 +105,8 @@ def find(run: Path, step: int, values: dict[str, Any]) -> Source:
     recorded = values.get("rollouts_file")
 
     def source(number: int) -> Source:
-        saved = run / "rollouts" / f"step-{number:06d}.jsonl"
-        checkpoint = run / "checkpoints" / f"step-{number - 1:06d}"
+        saved = run / "rollouts" / step_file(number)
+        checkpoint = run / "checkpoints" / step_name(number - 1)
         return Source(
             number, checkpoint if number > 1 else None, Path(recorded) if recorded else saved
         )
@@ -329,12 +330,8 @@ def logged_step(run: Path, step: int) -> dict[str, float]:
     Raises:
         DataError: metrics.jsonl is damaged.
     """
-    file = run / "metrics.jsonl"
-    found: dict[str, float] = {}
-    for line in read_jsonl(file) if file.exists() else ():
-        if line.pop("step") == step:
-            found |= {name: math.nan if v is None else v for name, v in line.items()}
-    return {name: value for name, value in found.items() if not is_measurement(name)}
+    line = read_metrics(run).get(step, {})
+    return {name: value for name, value in line.items() if not is_measurement(name)}
 
 
 def compare(logged: Mapping[str, float], scalars: Mapping[str, float]) -> list[Number]:

@@ -54,6 +54,7 @@ from megatron_drpo.rollout.engines import build_engine
 from megatron_drpo.rollout.files import (
     FileHeader,
     make_header,
+    step_file,
     tokenizer_sha256,
     write_rollouts,
 )
@@ -305,7 +306,7 @@ class Run:
         self._tell_failures(batch)
         trajectories = make_trajectories(batch.rollouts, batch.rewards, samples, config.advantage)
         if config.rollout.save_rollouts and self.main:
-            path = self.directory / "rollouts" / f"step-{self.step + 1:06d}.jsonl"
+            path = self.directory / "rollouts" / step_file(self.step + 1)
             write_rollouts(path, trajectories, self._header())
         scalars = rollout_statistics(trajectories) | batch.statistics
         scalars |= self._staleness(trajectories)

@@ -28,7 +28,7 @@ from rich.text import Text
 from megatron_drpo.cli import exit_status
 from megatron_drpo.errors import ConfigError, DataError
 from megatron_drpo.prompts import load_tokenizer, parse_lines, read_lines
-from megatron_drpo.rollout.files import complete_lines
+from megatron_drpo.rollout.files import complete_lines, step_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -245,7 +245,7 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 
 def _is_of(each: Response, step: int) -> bool:
-    if each.file.name == _name(step):
+    if each.file.name == step_file(step):
         return True
     if "step" not in each.line:
         raise DataError(
@@ -253,11 +253,6 @@ def _is_of(each: Response, step: int) -> bool:
             "drop --step"
         )
     return each.line["step"] == step
-
-
-def _name(step: int) -> str:
-    """Of a step's rollouts in a run."""
-    return f"step-{step:06d}.jsonl"
 
 
 def _checked(response: Response) -> Response:
@@ -310,7 +305,7 @@ def _files_of_run(run: Path, step: int | None) -> list[Path]:
     """A run's saved rollouts, else the samples that it logged."""
     saved = sorted((run / "rollouts").glob("step-*.jsonl"))
     if step is not None and saved:
-        saved = [file for file in saved if file.name == _name(step)]
+        saved = [file for file in saved if file.name == step_file(step)]
         if not saved:
             raise DataError(f"--step {step}: {run}/rollouts has no rollouts of this step")
     samples = run / "samples.jsonl"

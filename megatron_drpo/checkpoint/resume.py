@@ -76,6 +76,11 @@ _FIELDS = frozenset({"progress", "scheduler", "world_size", "megatron_core", "fi
 """What `state.json` holds."""
 
 
+def step_name(step: int) -> str:
+    """What the checkpoint after so many steps is called."""
+    return f"step-{step:06d}"
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come. Example: Progress(step=12, num_updates=48, skipped_updates=0)."""

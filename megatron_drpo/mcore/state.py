@@ -33,6 +33,7 @@ from megatron_drpo.checkpoint.resume import (
     damaged_files,
     digests,
     read_state,
+    step_name,
 )
 from megatron_drpo.config import Config
 from megatron_drpo.disk import sync_path, write_atomically
@@ -59,8 +60,8 @@ def save_checkpoint(
         keep: newest checkpoints that stay, 0 keeps all.
     """
     layout = policy.layout
-    final = directory / f"step-{progress.step:06d}"
-    staging = directory / f".step-{progress.step:06d}.tmp"
+    final = directory / step_name(progress.step)
+    staging = directory / f".{final.name}.tmp"
     if layout.rank == 0:
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed while saving
         staging.mkdir(parents=True)

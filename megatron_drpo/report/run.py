@@ -47,10 +47,7 @@ def load(run_dir: Path) -> Run:
     Raises:
         DataError: metrics.jsonl or config.json is missing, empty or damaged; names the file.
     """
-    metrics: dict[int, dict[str, float]] = {}
-    for record in _lines(run_dir / "metrics.jsonl"):
-        line = metrics.setdefault(record.pop("step"), {})
-        line.update({k: math.nan if v is None else float(v) for k, v in record.items()})
+    metrics = read_metrics(run_dir)
     if not metrics:
         path = run_dir / "metrics.jsonl"
         what = "holds no complete line" if path.exists() else "does not exist"
@@ -67,6 +64,19 @@ def load(run_dir: Path) -> Run:
         samples=_lines(run_dir / "samples.jsonl"),
         summary=_object(run_dir / "summary.json", required=False),
     )
+
+
+def read_metrics(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Scalars by step, as `Run.metrics`; empty where nothing was logged.
+
+    Raises:
+        DataError: metrics.jsonl is damaged; names file and line.
+    """
+    metrics: dict[int, dict[str, float]] = {}
+    for record in _lines(run_dir / "metrics.jsonl"):
+        line = metrics.setdefault(record.pop("step"), {})
+        line.update({k: math.nan if v is None else float(v) for k, v in record.items()})
+    return metrics
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -180,6 +180,11 @@ def check_header(header: FileHeader, config: Config, tokenizer_sha256: str) -> l
 # Writing.
 
 
+def step_file(step: int) -> str:
+    """What a run calls the rollouts of a step (from 1) that it saves."""
+    return f"step-{step:06d}.jsonl"
+
+
 def write_rollouts(
     path: str | Path, trajectories: Sequence[Trajectory], header: FileHeader | None = None
 ) -> None:
